@@ -1,0 +1,32 @@
+// The one list of CPU kernels. Every csrc/cpu/<op>.cpp is compiled once per instruction set into a namespace of its own
+// (tk::baseline, tk::avx2, tk::avx512); the processor is asked once which of them runs.
+#pragma once
+
+#include "tokenkernels.h"
+
+// X(op, Params): defines Status op(const Params&, const Pool&) and int64_t op_scratch(const Params&, int threads) per namespace.
+#define TK_CPU_KERNELS(X) \
+  X(gather_topk, GatherTopk) \
+  X(gather_topk_backward, GatherTopkBackward)
+
+namespace tk {
+
+struct Kernels {
+#define TK_MEMBER(op, Params)                       \
+  Status (*op)(const Params& params, const Pool& pool); \
+  int64_t (*op##_scratch)(const Params& params, int threads);
+  TK_CPU_KERNELS(TK_MEMBER)
+#undef TK_MEMBER
+};
+
+namespace baseline {
+extern const Kernels kKernels;
+}
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+
+}  // namespace tk

@@ -1,0 +1,220 @@
+// Vectors of float, as wide as the instruction set this file is compiled for; halves are widened on load, rounded on store.
+// Everything here is internal to one object file, so that code of a wider instruction set can never be linked for an older machine.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "numeric.h"
+#include "tokenkernels.h"
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#define TK_INLINE inline __attribute__((always_inline))
+
+namespace tk::TK_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+
+template <class T>
+TK_INLINE T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+
+template <class T>
+TK_INLINE T larger(T a, T b) {
+  return a < b ? b : a;
+}
+
+TK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+TK_INLINE Floats splat(float value) { return Floats{} + value; }
+
+TK_INLINE Ints splat_int(int32_t value) { return Ints{} + value; }
+
+TK_INLINE Ints iota() {
+  Ints lanes{};
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return lanes;
+}
+
+TK_INLINE Floats load(const float* from) {
+  Floats value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+TK_INLINE void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
+
+#if defined(__AVX512F__)
+TK_INLINE __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
+
+TK_INLINE Floats widen(__m256i bits, BFloat16) {
+  return reinterpret_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+TK_INLINE Floats widen(__m256i bits, Half) { return _mm512_cvtph_ps(bits); }
+
+TK_INLINE __m256i narrow(Floats value, Half) { return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
+
+TK_INLINE __m256i narrow(Floats value, BFloat16) {
+  const __m512i bits = reinterpret_cast<__m512i>(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+}
+
+template <class T>
+TK_INLINE Floats load(const T* from) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)), T{});
+}
+
+template <class T>
+TK_INLINE void store(T* to, Floats value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow(value, T{}));
+}
+
+// The first `count` elements (0 ≤ count ≤ kLanes), zeros behind them.
+TK_INLINE Floats load(const float* from, int count) { return _mm512_maskz_loadu_ps(first(count), from); }
+
+template <class T>
+TK_INLINE Floats load(const T* from, int count) {
+  return widen(_mm256_maskz_loadu_epi16(first(count), from), T{});
+}
+
+TK_INLINE void store(float* to, Floats value, int count) { _mm512_mask_storeu_ps(to, first(count), value); }
+
+template <class T>
+TK_INLINE void store(T* to, Floats value, int count) {
+  _mm256_mask_storeu_epi16(to, first(count), narrow(value, T{}));
+}
+
+#else
+
+#if defined(__AVX2__)
+TK_INLINE Floats load(const BFloat16* from) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return reinterpret_cast<Floats>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+TK_INLINE Floats load(const Half* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+
+TK_INLINE void store(Half* to, Floats value) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+}
+
+TK_INLINE void store(BFloat16* to, Floats value) {
+  const __m256i bits = reinterpret_cast<__m256i>(value);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+  const __m256i result = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(result, result), 0xd8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+}
+#else
+template <class T>
+TK_INLINE Floats load(const T* from) {
+  Floats value{};
+  for (int i = 0; i < kLanes; ++i) value[i] = to_float(from[i]);
+  return value;
+}
+
+template <class T>
+TK_INLINE void store(T* to, Floats value) {
+  for (int i = 0; i < kLanes; ++i) to[i] = from_float<T>(value[i]);
+}
+#endif
+
+// The first `count` elements (0 ≤ count ≤ kLanes), zeros behind them.
+template <class T>
+TK_INLINE Floats load(const T* from, int count) {
+  T buffer[kLanes] = {};
+  std::memcpy(buffer, from, sizeof(T) * static_cast<size_t>(count));
+  return load(buffer);
+}
+
+template <class T>
+TK_INLINE void store(T* to, Floats value, int count) {
+  T buffer[kLanes];
+  store(buffer, value);
+  std::memcpy(to, buffer, sizeof(T) * static_cast<size_t>(count));
+}
+#endif
+
+TK_INLINE Floats select(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
+
+TK_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
+
+TK_INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
+
+// Always the same tree, whatever the values: the same bits every time.
+TK_INLINE float sum(Floats value) {
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+TK_INLINE float max(Floats value) {
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] = larger(lanes[i], lanes[i + width]);
+  }
+  return lanes[0];
+}
+
+// e^x, relative error below 2 ulp; 0 below −87.34 (and for −inf), inf above 88.73, NaN for NaN.
+TK_INLINE Floats exp(Floats x) {
+  const Floats clamped = max(min(x, splat(89.0f)), splat(-88.0f));
+  const Floats shifted = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5·2^23: rounds to an integer
+  const Floats power = shifted - 12582912.0f;
+  const Floats r = (clamped - power * 0.693359375f) - power * -2.12194440e-4f;
+  Floats p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  // 2^power in two factors: power runs to 128, one factor would overflow its exponent.
+  const Ints exponent = reinterpret_cast<Ints>(shifted) - 0x4b400000;
+  const Ints half = exponent >> 1;
+  const Floats scale1 = reinterpret_cast<Floats>((half + 127) << 23);
+  const Floats scale2 = reinterpret_cast<Floats>((exponent - half + 127) << 23);
+  const Floats result = p * scale1 * scale2;
+  return select(x != x, x, select(x < -87.33654475f, splat(0.0f), result));
+}
+
+// Runs body(begin, end) over [0, count) on the binding's threads.
+template <class Body>
+TK_INLINE void parallel_for(const Pool& pool, int64_t count, int64_t grain, const Body& body) {
+  if (count <= 0) return;
+  if (count <= grain || pool.threads == 1) return body(int64_t{0}, count);
+  pool.run(
+      count, grain,
+      [](const void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); },
+      &body);
+}
+
+}  // namespace
+}  // namespace tk::TK_ISA
