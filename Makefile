@@ -14,6 +14,8 @@ RUN := PYTHONPATH=.:python $(VENV)/bin/python
 ENABLED = $(filter-out 0 no off false,$(1))
 VARIANT := $(if $(call ENABLED,$(SANITIZE)),sanitize,release)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+BUILD_OPTIONS := $(if $(filter sanitize,$(VARIANT)),\
+	TOKENKERNELS_BUILD=build/sanitize CMAKE_ARGS="-DTOKENKERNELS_SANITIZE=ON")
 CXX_FILES = $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 SANITIZED := tests/test_ops.py tests/test_numpy.py $(wildcard tests/ops)
 # The checked object is loaded by a Python that is not: the run-time libraries have to be there first.
@@ -32,11 +34,10 @@ $(VENV)/installed: requirements-dev.txt
 	$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt
 	@touch $@
 
-# One object in place at a time: building a variant takes the stamp of the other away.
+# One variant in place at a time: building one takes the stamp and the objects of the other away.
 build/$(VARIANT).stamp: $(VENV)/installed $(SOURCES)
-	@mkdir -p build && rm -f build/*.stamp
-	$(if $(filter sanitize,$(VARIANT)),CMAKE_ARGS="-DTOKENKERNELS_SANITIZE=ON") \
-		$(VENV)/bin/python setup.py --quiet build_ext --inplace --build-temp build/$(VARIANT)
+	@mkdir -p build && rm -f build/*.stamp tokenkernels/*.so
+	$(BUILD_OPTIONS) $(VENV)/bin/python setup.py --quiet build_ext --inplace
 	@touch $@
 
 build: build/$(VARIANT).stamp
