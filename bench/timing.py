@@ -15,18 +15,22 @@ Call = Callable[[], Any]
 TURN = 2e-3
 """Seconds that one turn of a fast function lasts: shorter calls are repeated and averaged."""
 
+SLOW = 10.0
+
 
 def alternate(calls: dict[str, Call], seconds: float, rounds: tuple[int, int] = (5, 40)) -> dict[str, list[float]]:
     """Seconds per call, some samples of each: in every round each function takes one turn, in random order.
 
     So slow drift of the machine meets all of them alike, and none always follows the same other. A turn of a call shorter than `TURN`
     starts with one call that is not timed, since the others have emptied the caches. Ends at the upper number of rounds, or after the
-    lower one once `seconds` have passed; one that has had its share by then sits out the rounds behind.
+    lower one once `seconds` have passed; one that has had its share by then sits out the rounds behind, and so does one that is `SLOW`
+    times slower than the fastest after two.
     """
     draw = random.Random(0)
     expected = {name: _timed(call, 1) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     share = seconds / max(len(calls), 1)
+    slow = SLOW * min(expected.values(), default=0.0)
     gc.collect()
     gc.disable()
     try:
@@ -35,7 +39,8 @@ def alternate(calls: dict[str, Call], seconds: float, rounds: tuple[int, int] = 
             if done >= rounds[0] and time.perf_counter() - start > seconds:
                 break
             for name in draw.sample(list(calls), len(calls)):
-                if done >= rounds[0] and sum(samples[name]) > share:
+                least = 2 if expected[name] > slow else rounds[0]
+                if done >= least and sum(samples[name]) > share:
                     continue
                 repeats = max(1, int(TURN / expected[name]))
                 if repeats > 1:
