@@ -1,8 +1,11 @@
-"""The main job: measures the roofs, the models and every op, shows a table, writes JSON, Markdown and one HTML page."""
+"""The main job: measures the roofs, the models and every op, shows a table, writes JSON, Markdown
+and one HTML page.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import time
@@ -22,7 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     settings.restart(options.threads)
     start = time.perf_counter()
-    from bench import bench_ops, machine, report, roofline  # only now: torch starts its threads at import
+    # Only now: torch starts its threads when it is imported.
+    from bench import bench_ops, machine, report, roofline
 
     console = report.console()
     result: dict[str, Any] = {"machine": machine.facts(), "quick": options.quick}
@@ -52,20 +56,24 @@ def main(arguments: list[str] | None = None) -> int:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one case per op, under two minutes")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only cells in whose name this stands, no models")
-    parser.add_argument("--seconds", type=float, help="for everything (default: 100 when quick, else 540)")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only cells in whose name this stands, no models"
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="for everything (default: 100 when quick, else 540)"
+    )
     parser.add_argument("--threads", type=int, help="default: OMP_NUM_THREADS, else all cores")
-    parser.add_argument("--save", metavar="NAME", help="also write bench/results/NAME.json, to be committed")
+    parser.add_argument(
+        "--save", metavar="NAME", help="also write bench/results/NAME.json, to be committed"
+    )
     return parser.parse_args(arguments)
 
 
 def _models(quick: bool) -> tuple[list[dict[str, Any]], str]:
     if importlib.util.find_spec("bench.bench_models") is None:
         return [], "bench/bench_models.py is not there"
-    from bench import bench_models
-
     try:
-        return bench_models.run(quick), ""
+        return importlib.import_module("bench.bench_models").run(quick), ""
     except Exception as error:  # the ops are still worth timing; the exit status tells
         return [], f"failed: {type(error).__name__}: {error}"
 
@@ -80,7 +88,9 @@ def _write(result: dict[str, Any], save: str | None, console: Any) -> None:
         target.parent.mkdir(exist_ok=True)
         target.write_text(json.dumps(result, indent=1) + "\n")
     pages = report.write(result, out)
-    console.print("Written: " + ", ".join(str(path.relative_to(FOLDER.parent)) for path in [*targets, *pages]))
+    console.print(
+        "Written: " + ", ".join(str(path.relative_to(FOLDER.parent)) for path in [*targets, *pages])
+    )
 
 
 if __name__ == "__main__":

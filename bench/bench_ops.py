@@ -1,6 +1,8 @@
-"""Every op × bench case × dtype × backend × peer of the registry: checked on that very input, then timed in turns; names no op.
+"""Every op × bench case × dtype × backend × peer of the registry: checked on that very input, then
+timed in turns; names no op.
 
-`pytest bench/bench_ops.py --benchmark-json out.json` runs the cells one by one, `python -m bench` within a budget of time.
+`pytest bench/bench_ops.py --benchmark-json out.json` runs the cells one by one, `python -m bench`
+within a budget of time.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ class Row:
 
 
 def cells(quick: bool = False, only: str = "") -> list[Cell]:
-    """Forward in float32 first, the other dtypes, the gradients; when `quick`, the first case of each op in float32 only.
+    """Forward in float32 first, the other dtypes, the gradients; when `quick`, the first case of
+    each op in float32 only.
 
     `only` keeps the cells in whose name it stands.
     """
@@ -74,7 +77,9 @@ def blank(cell: Cell, contender: str, role: str, **more: Any) -> Row:
     return Row(cell.op.name, cell.case.id, dtype, cell.gradient, contender, role, **more)
 
 
-def measure(cell: Cell, roof: dict[str, Any], seconds: float, compile_until: float = 1e9) -> list[Row]:
+def measure(
+    cell: Cell, roof: dict[str, Any], seconds: float, compile_until: float = 1e9
+) -> list[Row]:
     """The rows of one cell. After `compile_until` seconds nothing more is compiled."""
     torch._dynamo.reset()
     start = time.perf_counter()
@@ -107,11 +112,15 @@ def measure(cell: Cell, roof: dict[str, Any], seconds: float, compile_until: flo
     return rows
 
 
-def fill_in_memory(rows: list[Row], calls: dict[str, Callable[[], Any]], inputs: list[torch.Tensor]) -> None:
+def fill_in_memory(
+    rows: list[Row], calls: dict[str, Callable[[], Any]], inputs: list[torch.Tensor]
+) -> None:
     held = {t.untyped_storage().data_ptr() for t in inputs}
 
     def returned(outputs: Any) -> int:
-        return sum(t.nbytes for t in tensors_in(outputs) if t.untyped_storage().data_ptr() not in held)
+        return sum(
+            t.nbytes for t in tensors_in(outputs) if t.untyped_storage().data_ptr() not in held
+        )
 
     for row in rows:
         if row.contender in calls:
@@ -119,19 +128,28 @@ def fill_in_memory(rows: list[Row], calls: dict[str, Callable[[], Any]], inputs:
 
 
 def fill_in_times(rows: list[Row], samples: dict[str, list[float]]) -> None:
-    """Medians, and how many times the fastest peer's time each takes; without a peer the reference stands in for it."""
+    """Medians, and how many times the fastest peer's time each takes; without a peer the reference
+    stands in for it.
+    """
     for row in rows:
         row.samples_ms = [1e3 * s for s in samples.get(row.contender, [])]
         row.ms = statistics.median(row.samples_ms) if row.samples_ms else None
-    times = {role: [row.ms for row in rows if row.role == role and row.ms] for role in ("peer", "reference")}
+    times = {
+        role: [row.ms for row in rows if row.role == role and row.ms]
+        for role in ("peer", "reference")
+    }
     rivals = times["peer"] or times["reference"]
     for row in rows:
         if row.ms and rivals:
             row.times_fastest_peer = min(rivals) / row.ms
 
 
-def fill_in_costs(rows: list[Row], moved: float, flops: float, memory: float, arithmetic: float) -> None:
-    """Shares of the roof: the seconds that memory or arithmetic needs at least, whichever is more, over those taken."""
+def fill_in_costs(
+    rows: list[Row], moved: float, flops: float, memory: float, arithmetic: float
+) -> None:
+    """Shares of the roof: the seconds that memory or arithmetic needs at least, whichever is more,
+    over those taken.
+    """
     for row in rows:
         row.bytes, row.flops = moved, flops
         row.bound = "memory" if memory >= arithmetic else "arithmetic"
@@ -152,7 +170,9 @@ def run(todo: list[Cell], roof: dict[str, Any], seconds: float) -> Iterator[tupl
 
 
 class Clock:
-    """A clock that stands still until it is told what a call took: how pytest-benchmark is given times measured in turns."""
+    """A clock that stands still until it is told what a call took: how pytest-benchmark is given
+    times measured in turns.
+    """
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -180,7 +200,9 @@ def measured_roof() -> dict[str, Any]:
 
 
 @pytest.mark.benchmark(timer=CLOCK.read)
-@pytest.mark.parametrize(("cell", "name"), MEETINGS, ids=[f"{cell} · {name}" for cell, name in MEETINGS])
+@pytest.mark.parametrize(
+    ("cell", "name"), MEETINGS, ids=[f"{cell} · {name}" for cell, name in MEETINGS]
+)
 def test_speed(benchmark: Any, cell: Cell, name: str) -> None:
     row = measured(cell)[name]
     if row.left_out:
@@ -189,4 +211,6 @@ def test_speed(benchmark: Any, cell: Cell, name: str) -> None:
     taken = iter(row.samples_ms)
     benchmark.group = str(cell)
     benchmark.extra_info |= {k: v for k, v in asdict(row).items() if k != "samples_ms"}
-    benchmark.pedantic(CLOCK.advance, setup=lambda: ((next(taken) / 1e3,), {}), rounds=len(row.samples_ms))
+    benchmark.pedantic(
+        CLOCK.advance, setup=lambda: ((next(taken) / 1e3,), {}), rounds=len(row.samples_ms)
+    )

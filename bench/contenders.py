@@ -1,4 +1,6 @@
-"""Who meets in one cell of the bench: our backends, the reference, the peers; and what each must show before it is timed."""
+"""Who meets in one cell of the bench: our backends, the reference, the peers; and what each must
+show before it is timed.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,16 @@ import torch
 from torch.utils._pytree import tree_map
 
 from bench.peers import COMPILED, Peer, peers_of
-from tokenkernels._op import Case, Op, close, tensors_in
+from tokenkernels._case import Case, close
+from tokenkernels._op import Op, tensors_in
 
 DEVICE = "cpu"
 OURS = ("native",)
 """Triton runs in its interpreter on a CPU, which there is no point in timing."""
 WIDE_LIMIT = 2**29
-"""Inputs of more bytes are not repeated in float64: there the reference in their own dtype is the truth."""
+"""Inputs of more bytes are not repeated in float64: there the reference in their own dtype is the
+truth.
+"""
 
 Kwargs = dict[str, Any]
 Tensors = list[torch.Tensor]
@@ -66,7 +71,9 @@ class Verdict:
 
 @dataclass
 class Truth:
-    """What outputs (or gradients) are held against: `want` in float64, `low` in the dtype of the cell."""
+    """What outputs (or gradients) are held against: `want` in float64, `low` in the dtype of the
+    cell.
+    """
 
     want: Tensors = field(default_factory=list)
     low: Tensors = field(default_factory=list)
@@ -79,7 +86,9 @@ def names(cell: Cell) -> list[str]:
 
 
 def takes_part(cell: Cell, peer: Peer) -> bool:
-    return (peer.dtypes is None or cell.dtype in peer.dtypes) and (peer.gradient or not cell.gradient)
+    return (peer.dtypes is None or cell.dtype in peer.dtypes) and (
+        peer.gradient or not cell.gradient
+    )
 
 
 def contenders(cell: Cell) -> list[Contender]:
@@ -103,16 +112,24 @@ def backend(op: Op, name: str) -> Callable[..., Any]:
 
 
 def compare_gradients(cell: Cell) -> Callable[..., None]:
-    """Gradients pass through twice the sums of the forward pass, of products: the bound of four times the length."""
+    """Gradients pass through twice the sums of the forward pass, of products: the bound of four
+    times the length.
+    """
     return lambda got, want, low, kwargs: close(got, want, low, 4 * cell.op.length(kwargs))
 
 
 def prepared(cell: Cell, kwargs: Kwargs, function: Callable[..., Any]) -> Callable[[], Any]:
-    """The call that is timed: the function, or the function and the gradient of its first output to what is differentiable."""
+    """The call that is timed: the function, or the function and the gradient of its first output to
+    what is differentiable.
+    """
     if not cell.gradient:
         return functools.partial(function, **kwargs)
-    kwargs = {n: tree_map(_leaf, v) if n in cell.op.differentiable else v for n, v in kwargs.items()}
-    leaves = [t for n in cell.op.differentiable for t in tensors_in(kwargs.get(n)) if t.requires_grad]
+    kwargs = {
+        n: tree_map(_leaf, v) if n in cell.op.differentiable else v for n, v in kwargs.items()
+    }
+    leaves = [
+        t for n in cell.op.differentiable for t in tensors_in(kwargs.get(n)) if t.requires_grad
+    ]
     seeds: dict[torch.Size, torch.Tensor] = {}
 
     def forward_and_backward() -> Any:
@@ -124,7 +141,9 @@ def prepared(cell: Cell, kwargs: Kwargs, function: Callable[..., Any]) -> Callab
             generator = torch.Generator().manual_seed(7)
             seeds[first.shape] = torch.randn(first.shape, generator=generator).to(first)
         gradients = torch.autograd.grad(first, leaves, seeds[first.shape], allow_unused=True)
-        return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, gradients, strict=True)]
+        return [
+            torch.zeros_like(t) if g is None else g for t, g in zip(leaves, gradients, strict=True)
+        ]
 
     return forward_and_backward
 

@@ -26,7 +26,9 @@ def facts() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "cpu": _first(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo")) or platform.processor(),
         "cores": os.cpu_count(),
-        "memory_gib": round(int(_first(r"MemTotal:\s*(\d+)", Path("/proc/meminfo")) or 0) / 2**20, 1),
+        "memory_gib": round(
+            int(_first(r"MemTotal:\s*(\d+)", Path("/proc/meminfo")) or 0) / 2**20, 1
+        ),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "instruction_set": _native.WHY_NOT or _native.instruction_set(),
         "python": platform.python_version(),

@@ -1,4 +1,6 @@
-"""Draws a run: on the terminal, as Markdown, as one HTML page with plots; `python -m bench.report NEW.json [OLD.json]` does so later."""
+"""Draws a run on the terminal, as Markdown and as one HTML page with plots; `python -m bench.report
+NEW.json [OLD.json]` does so later.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table as RichTable
 
 from bench import tables
 from bench.tables import Result, Row, Table
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; color: #222; }
 table { border-collapse: collapse; margin: 1em 0 2em; font-size: 13px; }
 th, td { padding: 3px 10px; text-align: right; border-bottom: 1px solid #ddd; }
 th.text, td.text { text-align: left; }
@@ -26,10 +35,12 @@ tr:hover { background: #f4f7fb; }
 svg { max-width: 100%; height: auto; }
 """
 EXPLANATION = (
-    "Every cell passed the op's comparison on the very input that is timed. All contenders of a cell take turns in random order, outputs are "
-    "allocated inside, figures are medians. Roof: the time that a copy (and a read) of the bytes that the op must move takes, in turns with the "
-    "op, or its arithmetic at the rate of the fastest matrix product, whichever is longer. ×: time of the fastest peer over ours. "
-    "Extra memory: peak of resident memory during one call, beyond inputs and outputs."
+    "Every cell passed the op's comparison on the very input that is timed. All contenders of a "
+    "cell take turns in random order, outputs are allocated inside, figures are medians. Roof: the "
+    "time that a copy (and a read) of the bytes that the op must move takes, in turns with the op, "
+    "or its arithmetic at the rate of the fastest matrix product, whichever is longer. ×: time of "
+    "the fastest peer over ours. Extra memory: peak of resident memory during one call, beyond "
+    "inputs and outputs."
 )
 
 
@@ -38,15 +49,22 @@ def console() -> Console:
 
 
 def progress(on: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=on, transient=True)
 
 
 def headline(result: Result) -> str:
     facts = result["machine"]
     return (
-        f"[bold]tokenkernels bench[/bold] · {facts['cpu']} · {facts['threads']} threads · torch {facts['versions']['torch']} · "
-        f"{facts['instruction_set']} · commit {facts['commit']}"
+        f"[bold]tokenkernels bench[/bold] · {facts['cpu']} · {facts['threads']} threads · "
+        f"{facts['instruction_set']} · torch {facts['versions']['torch']} · "
+        f"commit {facts['commit']}"
     )
 
 
@@ -62,7 +80,8 @@ def line(cell: str, rows: list[Row]) -> str:
     if ours:
         parts.append(f"{tables.number(ours['ms']):>7} ms")
     if ours and peer:
-        parts.append(f"[bold]× {tables.number(ours['times_fastest_peer'])}[/bold] {peer['contender']} {tables.number(peer['ms'])} ms")
+        parts.append(f"[bold]× {tables.number(ours['times_fastest_peer'])}[/bold]")
+        parts.append(f"{peer['contender']} {tables.number(peer['ms'])} ms")
     if ours and ours["roof_percent"]:
         parts.append(f"{ours['roof_percent']:.0f} % of roof")
     if not ours:
@@ -88,7 +107,12 @@ def show(on: Console, result: Result) -> None:
 def write(result: Result, folder: Path, old: Result | None = None) -> list[Path]:
     """Writes report.md and report.html; with an older run, both begin with the comparison."""
     first = [tables.comparison(result, old)] if old else []
-    last = [*tables.details(result), *tables.not_timed(result), tables.roofs(result), tables.machine(result)]
+    last = [
+        *tables.details(result),
+        *tables.not_timed(result),
+        tables.roofs(result),
+        tables.machine(result),
+    ]
     head = [*first, tables.models(result), tables.summary(result)]
     pages = {"report.md": markdown(head, last), "report.html": page(head, plots(result), last)}
     for name, text in pages.items():
@@ -100,34 +124,58 @@ def markdown(head: Iterable[Table], last: Iterable[Table]) -> str:
     parts = ["# Benchmark", EXPLANATION]
     for table in (*head, *last):
         if table.rows:
-            rule = ["---:" if table.is_number(place) else "---" for place in range(len(table.columns))]
-            rows = [table.columns, rule, *([cell.replace("|", "\\|") for cell in row] for row in table.rows)]
+            rule = [
+                "---:" if table.is_number(place) else "---" for place in range(len(table.columns))
+            ]
+            rows = [
+                table.columns,
+                rule,
+                *([cell.replace("|", "\\|") for cell in row] for row in table.rows),
+            ]
             parts += [f"## {table.title}", "\n".join("| " + " | ".join(row) + " |" for row in rows)]
     return "\n\n".join(parts) + "\n"
 
 
 def page(head: Iterable[Table], figures: list[str], last: Iterable[Table]) -> str:
     body = ["<h1>Benchmark</h1>", f"<p>{html.escape(EXPLANATION)}</p>"]
-    body += [_table(table) for table in head if table.rows] + figures + [_table(table) for table in last if table.rows]
-    head_tag = f"<head><meta charset='utf-8'><title>tokenkernels benchmark</title><style>{STYLE}</style></head>"
-    return f"<!doctype html>\n<html lang='en'>{head_tag}<body>\n" + "\n".join(body) + "\n</body></html>\n"
+    body += (
+        [_table(table) for table in head if table.rows]
+        + figures
+        + [_table(table) for table in last if table.rows]
+    )
+    title = "<meta charset='utf-8'><title>tokenkernels benchmark</title>"
+    return (
+        f"<!doctype html>\n<html lang='en'><head>{title}<style>{STYLE}</style></head><body>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
+    )
 
 
 def _table(table: Table) -> str:
+    kinds = ["" if table.is_number(p) else " class='text'" for p in range(len(table.columns))]
+
     def line(tag: str, cells: list[str]) -> str:
-        kinds = ["" if table.is_number(place) else " class='text'" for place in range(len(cells))]
-        return "<tr>" + "".join(f"<{tag}{k}>{html.escape(c)}</{tag}>" for k, c in zip(kinds, cells, strict=True)) + "</tr>"
+        filled = zip(kinds, map(html.escape, cells), strict=True)
+        return "<tr>" + "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in filled) + "</tr>"
 
     rows = [line("th", table.columns), *(line("td", row) for row in table.rows)]
     return f"<h2>{html.escape(table.title)}</h2>\n<table>\n" + "\n".join(rows) + "\n</table>"
 
 
 def plots(result: Result) -> list[str]:
-    """Per op one figure: times faster than the fastest peer, and share of the roof, a bar per case and dtype."""
-    cells = {cell: tables.best(rows, "ours") for cell, rows in tables.by_cell(result["ops"]).items()}
+    """Per op one figure: times faster than the fastest peer, and share of the roof, a bar per case
+    and dtype.
+    """
+    cells = {
+        cell: tables.best(rows, "ours") for cell, rows in tables.by_cell(result["ops"]).items()
+    }
     figures = []
     for op in dict.fromkeys(cell[0] for cell in cells):
-        rows = [row for cell, row in cells.items() if cell[0] == op and row and row["times_fastest_peer"]]
+        rows = [
+            row
+            for cell, row in cells.items()
+            if cell[0] == op and row and row["times_fastest_peer"]
+        ]
         if rows:
             figures.append(_figure(op, [row for row in rows if row]))
     return figures
@@ -140,13 +188,20 @@ def _figure(op: str, rows: list[Row]) -> str:
     from matplotlib import pyplot
 
     labels = [f"{row['case']} {row['dtype']}" + row["gradient"] * " +backward" for row in rows]
-    figure, (left, right) = pyplot.subplots(1, 2, sharey=True, figsize=(12, 1.2 + 0.3 * len(rows)), layout="constrained")
+    figure, (left, right) = pyplot.subplots(
+        1, 2, sharey=True, figsize=(12, 1.2 + 0.3 * len(rows)), layout="constrained"
+    )
     places = range(len(rows))
     ratios = [row["times_fastest_peer"] for row in rows]
     left.barh(places, ratios, color=["#2a7f62" if ratio >= 1 else "#b5483a" for ratio in ratios])
     left.set_xscale("log")
     left.axvline(1, color="black", linewidth=1)
-    left.set(yticks=list(places), yticklabels=labels, xlabel="times faster than the fastest peer", title=op)
+    left.set(
+        yticks=list(places),
+        yticklabels=labels,
+        xlabel="times faster than the fastest peer",
+        title=op,
+    )
     right.barh(places, [row["roof_percent"] or 0 for row in rows], color="#3b6ea5")
     right.axvline(100, color="black", linewidth=1)
     right.set(xlabel="% of the measured roof")
@@ -161,7 +216,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("new", type=Path, help="the JSON of a run")
     parser.add_argument("old", type=Path, nargs="?", help="an older one to compare it with")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder of the pages")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "out", help="folder of the pages"
+    )
     options = parser.parse_args()
     new: dict[str, Any] = json.loads(options.new.read_text())
     old = json.loads(options.old.read_text()) if options.old else None

@@ -1,4 +1,6 @@
-"""Measures the roofs of this machine: how fast memory is copied and read at a given size, how fast matrices are multiplied."""
+"""Measures the roofs of this machine: how fast memory is copied and read at a given size, how fast
+matrices are multiplied.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,18 @@ from bench.timing import alternate
 MIB = 2**20
 SIZES = (1 * MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""float16 counts as float32, which it is widened to: torch multiplies it element by element on most processors."""
+"""float16 counts as float32, which it is widened to: torch multiplies it element by element on most
+processors.
+"""
 
 
 def measure(seconds: float = 20.0) -> dict[str, Any]:
-    """The roofs: bytes/s by total bytes moved for "copy" and "read", flop/s for "gemm" by dtype, and "gemm_one_thread".
+    """The roofs: bytes/s by total bytes moved for "copy" and "read", flop/s for "gemm" by dtype,
+    and "gemm_one_thread".
 
-    Timed as the ops are (same alternation, outputs allocated inside), by the best of what is installed. A bandwidth is the median; a
-    rate of arithmetic the best over some sizes, since nothing is gained from a roof that is too low.
+    Timed as the ops are (same alternation, outputs allocated inside), by the best of what is
+    installed. A bandwidth is the median; a rate of arithmetic the best over some sizes, since
+    nothing is gained from a roof that is too low.
     """
     per_size = 0.6 * seconds / len(SIZES)
     memory = [_bandwidth(size, per_size) for size in SIZES]
@@ -44,9 +50,11 @@ def measure(seconds: float = 20.0) -> dict[str, Any]:
 
 
 def memory_calls(moved: float, written: float) -> dict[str, Callable[[], Any]]:
-    """What memory alone needs for a call that moves `moved` bytes, of which it writes `written`: timed in turns with that call.
+    """What memory alone needs for a call that moves `moved` bytes, of which it writes `written`:
+    timed in turns with that call.
 
-    Every written byte goes with one that is read, which is a copy; what is read beyond that is only read.
+    Every written byte goes with one that is read, which is a copy; what is read beyond that is only
+    read.
     """
     copied = min(moved, 2 * min(written, moved))
     calls: dict[str, Callable[[], Any]] = {}

@@ -1,4 +1,6 @@
-"""What has to be set before a process may time anything; imports nothing that would already have started threads."""
+"""What has to be set before a process may time anything; imports nothing that would already have
+started threads.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ import os
 import sys
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
-"""glibc gives freed blocks back to the system by default: every large output would be paid for in page faults."""
+"""glibc gives freed blocks back to the system by default: every large output would be paid for in
+page faults.
+"""
 POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 

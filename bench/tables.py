@@ -41,7 +41,11 @@ def machine(result: Result) -> Table:
     flat = {key: value for key, value in facts.items() if not isinstance(value, dict)}
     for group in ("versions", "malloc"):
         flat |= {key: value for key, value in facts[group].items() if value}
-    return Table("Machine", ["fact", "value"], [[key, str(value)] for key, value in flat.items() if value is not None])
+    return Table(
+        "Machine",
+        ["fact", "value"],
+        [[key, str(value)] for key, value in flat.items() if value is not None],
+    )
 
 
 def roofs(result: Result) -> Table:
@@ -53,7 +57,10 @@ def roofs(result: Result) -> Table:
         for size, rate in roof[kind].items()
     ]
     for kind, where in (("gemm", f"{roof['threads']} threads"), ("gemm_one_thread", "1 thread")):
-        rows += [[f"matrix product, {dtype}, {where}", number(rate / 1e9, unit=" GFLOP/s")] for dtype, rate in roof[kind].items()]
+        rows += [
+            [f"matrix product, {dtype}, {where}", number(rate / 1e9, unit=" GFLOP/s")]
+            for dtype, rate in roof[kind].items()
+        ]
     return Table("Measured roofs", ["what", "rate"], rows)
 
 
@@ -76,15 +83,36 @@ def best(rows: Iterable[Row], *roles: str) -> Row | None:
 
 def summary(result: Result) -> Table:
     """One line per cell: ours, the fastest peer, their ratio."""
-    columns = ["op", "case", "dtype", "ours ms", "% of roof", "GB/s", "fastest peer", "peer ms", "×", "extra MB", "peer's MB"]
+    columns = [
+        "op",
+        "case",
+        "dtype",
+        "ours ms",
+        "% of roof",
+        "GB/s",
+        "fastest peer",
+        "peer ms",
+        "×",
+        "extra MB",
+        "peer's MB",
+    ]
     lines = []
     for (op, case, dtype, gradient), rows in by_cell(result["ops"]).items():
         ours, peer = best(rows, "ours"), best(rows, "peer", "reference")
         if ours is None:
             continue
-        roof = number(ours["roof_percent"], 2) + (" " + ours["bound"][:3] if ours["roof_percent"] else "")
+        roof = number(ours["roof_percent"], 2) + (
+            " " + ours["bound"][:3] if ours["roof_percent"] else ""
+        )
         lines.append(
-            [op, case + gradient * " +backward", dtype, number(ours["ms"]), roof, number(ours["gb_per_s"])]
+            [
+                op,
+                case + gradient * " +backward",
+                dtype,
+                number(ours["ms"]),
+                roof,
+                number(ours["gb_per_s"]),
+            ]
             + ([peer["contender"], number(peer["ms"])] if peer else ["", ""])
             + [number(ours["times_fastest_peer"]), _megabytes(ours), _megabytes(peer)]
         )
@@ -93,7 +121,19 @@ def summary(result: Result) -> Table:
 
 def details(result: Result) -> list[Table]:
     """Per op, everyone who was timed."""
-    columns = ["case", "dtype", "who", "ms", "MB", "MFLOP", "GB/s", "% of roof", "× fastest peer", "extra MB", "note"]
+    columns = [
+        "case",
+        "dtype",
+        "who",
+        "ms",
+        "MB",
+        "MFLOP",
+        "GB/s",
+        "% of roof",
+        "× fastest peer",
+        "extra MB",
+        "note",
+    ]
     tables: dict[str, Table] = {}
     for (op, case, dtype, gradient), rows in by_cell(result["ops"]).items():
         table = tables.setdefault(op, Table(op, columns, []))
@@ -101,7 +141,11 @@ def details(result: Result) -> list[Table]:
             table.rows.append(
                 [case + gradient * " +backward", dtype, row["contender"], number(row["ms"])]
                 + [number(row[key] and row[key] / 1e6) for key in ("bytes", "flops")]
-                + [number(row["gb_per_s"]), number(row["roof_percent"], 2), number(row["times_fastest_peer"])]
+                + [
+                    number(row["gb_per_s"]),
+                    number(row["roof_percent"], 2),
+                    number(row["times_fastest_peer"]),
+                ]
                 + [_megabytes(row), row["note"]]
             )
     return [table for table in tables.values() if table.rows]
@@ -110,12 +154,18 @@ def details(result: Result) -> list[Table]:
 def models(result: Result) -> Table:
     rows = result["models"]
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    shown = [[number(v) if isinstance(v, float) else str(v) for v in (row.get(key, "") for key in columns)] for row in rows]
+    shown = [
+        [
+            number(v) if isinstance(v, float) else str(v)
+            for v in (row.get(key, "") for key in columns)
+        ]
+        for row in rows
+    ]
     return Table("Models", columns, shown)
 
 
 def not_timed(result: Result) -> list[Table]:
-    """Who failed its comparison, and what was left out, with the reasons; many alike share a line."""
+    """Who failed its comparison and what was left out, with reasons; those alike share a line."""
     tables = []
     for key, title in (("failed", "Failed, so not timed"), ("left_out", "Left out")):
         reasons: dict[tuple[str, str], list[str]] = {}
@@ -132,7 +182,9 @@ def not_timed(result: Result) -> list[Table]:
 
 
 def comparison(new: Result, old: Result) -> Table:
-    """Two runs, cell by cell: our time and our distance to the fastest peer of the same run, before and after."""
+    """Two runs, cell by cell: our time and our distance to the fastest peer of the same run, before
+    and after.
+    """
     columns = ["op", "case", "dtype", "before ms", "after ms", "faster", "× before", "× after"]
     before, lines = by_cell(old["ops"]), []
     for cell, rows in by_cell(new["ops"]).items():
@@ -140,11 +192,18 @@ def comparison(new: Result, old: Result) -> Table:
         if ours and was:
             op, case, dtype, gradient = cell
             lines.append(
-                [op, case + gradient * " +backward", dtype, number(was["ms"]), number(ours["ms"]), number(was["ms"] / ours["ms"])]
+                [
+                    op,
+                    case + gradient * " +backward",
+                    dtype,
+                    number(was["ms"]),
+                    number(ours["ms"]),
+                    number(was["ms"] / ours["ms"]),
+                ]
                 + [number(run["times_fastest_peer"]) for run in (was, ours)]
             )
-    title = f"{old['machine']['commit']} ({old['machine']['cpu']}) → {new['machine']['commit']} ({new['machine']['cpu']})"
-    return Table(title, columns, lines)
+    sides = (f"{run['machine']['commit']} ({run['machine']['cpu']})" for run in (old, new))
+    return Table(" → ".join(sides), columns, lines)
 
 
 def _megabytes(row: Row | None) -> str:

@@ -18,13 +18,17 @@ TURN = 2e-3
 SLOW = 10.0
 
 
-def alternate(calls: dict[str, Call], seconds: float, rounds: tuple[int, int] = (5, 40)) -> dict[str, list[float]]:
-    """Seconds per call, some samples of each: in every round each function takes one turn, in random order.
+def alternate(
+    calls: dict[str, Call], seconds: float, rounds: tuple[int, int] = (5, 40)
+) -> dict[str, list[float]]:
+    """Seconds per call, some samples of each: in every round each function takes one turn, in
+    random order.
 
-    So slow drift of the machine meets all of them alike, and none always follows the same other. A turn of a call shorter than `TURN`
-    starts with one call that is not timed, since the others have emptied the caches. Ends at the upper number of rounds, or after the
-    lower one once `seconds` have passed; one that has had its share by then sits out the rounds behind, and so does one that is `SLOW`
-    times slower than the fastest after two.
+    So slow drift of the machine meets all of them alike, and none always follows the same other. A
+    turn of a call shorter than `TURN` starts with one call that is not timed, since the others have
+    emptied the caches. Ends at the upper number of rounds, or after the lower one once `seconds`
+    have passed; one that has had its share by then sits out the rounds behind, and so does one that
+    is `SLOW` times slower than the fastest after two.
     """
     draw = random.Random(0)
     expected = {name: _timed(call, 1) for name, call in calls.items()}
@@ -60,10 +64,12 @@ def _timed(call: Call, repeats: int) -> float:
 
 
 def extra_memory(call: Call, returned: Callable[[Any], int]) -> float | None:
-    """Bytes that were resident at the peak of one call, beyond those before it and those it returns; None where nobody counts.
+    """Bytes that were resident at the peak of one call, beyond those before it and those it
+    returns; None where nobody counts.
 
-    The kernel counts, so whatever library allocates is seen. Freed blocks go back to the system first: they would be used again
-    unnoticed. Pages are counted in batches per thread, so some hundred KiB are noise.
+    The kernel counts, so whatever library allocates is seen. Freed blocks go back to the system
+    first: they would be used again unnoticed. Pages are counted in batches per thread, so some
+    hundred KiB are noise.
     """
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     libc = ctypes.CDLL(None)
