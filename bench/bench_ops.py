@@ -201,7 +201,9 @@ def measured_roof() -> dict[str, Any]:
 
 @pytest.mark.benchmark(timer=CLOCK.read)
 @pytest.mark.parametrize(
-    ("cell", "name"), MEETINGS, ids=[f"{cell} · {name}" for cell, name in MEETINGS]
+    ("cell", "name"),
+    MEETINGS,
+    ids=[f"{cell}-{name}".replace(" · ", "-") for cell, name in MEETINGS],
 )
 def test_speed(benchmark: Any, cell: Cell, name: str) -> None:
     row = measured(cell)[name]
