@@ -183,7 +183,7 @@ constexpr int64_t kRowsPerTask = 64;
 
 Status gather_topk_select(const GatherTopk& p, const Pool& pool) {
   const int64_t tasks = smaller<int64_t>(pool.threads, p.batch);
-  parallel_for(pool, tasks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(pool, tasks, grain_of(16 * p.tokens * p.batch / larger<int64_t>(tasks, 1)), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       for (int64_t image = p.batch * task / tasks; image < p.batch * (task + 1) / tasks; ++image) {
         const Row row = row_of(p, task, image);
@@ -206,8 +206,8 @@ Status gather_topk(const GatherTopk& p, const Pool& pool) {
   for (int64_t image = 0; image < p.batch; ++image) most = larger(most, chosen_count(p, image));
   for (int t = 0; t < p.tensor_count; ++t) bytes += p.offsets[p.batch] * p.tensors[t].row_bytes;
   const bool streaming = bytes > kStreamingBytes;
-  const int64_t blocks = ceil_div(p.prefix + most, kRowsPerTask);
-  parallel_for(pool, p.batch * blocks, 1, [&](int64_t begin, int64_t end) {
+  const int64_t blocks = ceil_div(p.prefix + most, kRowsPerTask), tasks = p.batch * blocks;
+  parallel_for(pool, tasks, grain_of(bytes / larger<int64_t>(tasks, 1)), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / blocks, first = task % blocks * kRowsPerTask;
       const int64_t last = smaller(first + kRowsPerTask, p.prefix + chosen_count(p, image));
@@ -221,7 +221,7 @@ Status gather_topk(const GatherTopk& p, const Pool& pool) {
     at += count;
   }
   if (p.fuse == Fuse::kNone) return Status::kOk;
-  parallel_for(pool, p.batch, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(pool, p.batch, grain_of(p.tokens * p.tensors[0].row_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t image = begin; image < end; ++image) {
       for (int t = 0; t < p.tensor_count; ++t) {
         dispatch(p.tensors[t].dtype, [&](auto zero) { fuse_dropped<decltype(zero)>(p, p.tensors[t], image); });

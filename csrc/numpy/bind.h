@@ -38,11 +38,17 @@ inline DType dtype_of(const array& a, const char* op) {
 // A stride in elements; kernels never take steps that are no whole number of them.
 inline int64_t stride_of(const array& a, int axis) { return a.strides(axis) / a.itemsize(); }
 
-// A C-ordered copy, where rows are not contiguous or not aligned to their elements.
-inline array rows_contiguous(const array& a) {
-  bool good = a.ndim() == 0 || a.shape(a.ndim() - 1) <= 1 || a.strides(a.ndim() - 1) == a.itemsize();
+// A C-ordered copy, where elements are not aligned (a field of a structured array, say).
+inline array elements(const array& a) {
+  bool good = reinterpret_cast<uintptr_t>(a.data()) % static_cast<size_t>(a.itemsize()) == 0;
   for (int axis = 0; axis < a.ndim(); ++axis) good = good && a.strides(axis) % a.itemsize() == 0;
-  return good ? a : array::ensure(a, array::c_style);
+  return good ? a : array::ensure(a, array::c_style | array::forcecast).attr("copy")().cast<array>();
+}
+
+// A C-ordered copy, where the last dimension is not contiguous.
+inline array rows_contiguous(const array& a) {
+  const bool good = a.ndim() == 0 || a.shape(a.ndim() - 1) <= 1 || a.strides(a.ndim() - 1) == a.itemsize();
+  return good ? elements(a) : array::ensure(a, array::c_style);
 }
 
 inline array empty(std::vector<py::ssize_t> shape, const py::dtype& dtype) { return array(dtype, std::move(shape)); }
