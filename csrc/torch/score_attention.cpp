@@ -1,4 +1,6 @@
 // score_attention for torch tensors on the CPU.
+#include <cmath>
+
 #include "torch/bind.h"
 
 namespace tk::bind {
@@ -41,14 +43,14 @@ void set_tokens(const Tensor& query, const Tensor& key, ScoreAttention& p) {
         kOp, "query, key: allowed (B, H, R, D) and (B, G, N, D), H a multiple of G, none of H, G, R, N, D zero");
 }
 
-Tensor score_attention_cpu(Tensor query, Tensor key, double scale, bool causal, std::optional<Tensor> query_positions,
+Tensor score_attention_cpu(Tensor query, Tensor key, std::optional<double> scale, bool causal, std::optional<Tensor> query_positions,
                            std::optional<Tensor> key_lengths, std::optional<Tensor> lse, std::optional<Tensor> row_weights,
                            int64_t first_column, int64_t end_column, std::string heads, bool sum, bool max, int64_t pool_size) {
   ScoreAttention p{};
   query = rows_contiguous(query);
   key = rows_contiguous(key);
   set_tokens(query, key, p);
-  p.scale = static_cast<float>(scale);
+  p.scale = static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(p.dim)));
   p.causal = causal;
   p.positions = view<int64_t>(query_positions, {p.batch, p.rows}, ScalarType::Long, "query_positions", p.position_strides);
   p.key_lengths = view<int64_t>(key_lengths, {p.batch}, ScalarType::Long, "key_lengths", &p.length_stride);
