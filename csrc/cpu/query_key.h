@@ -44,107 +44,172 @@ TK_INLINE Floats sum_lanes(Floats (&x)[kLanes]) {
   return x[0];
 }
 
-// kLanes keys (the first `keys` of them exist) by kLanes dimensions (the first `depth`), transposed into a panel.
-template <class T>
-TK_INLINE void pack_block(const T* key, int64_t stride, int keys, int depth, float* panel) {
-  Floats x[kLanes];
-  if (keys >= kLanes && depth >= kLanes) {
-    for (int i = 0; i < kLanes; ++i) x[i] = load(key + i * stride);
+// bfloat16 in pairs: where the processor multiplies them so, two neighbouring dimensions stay one 32-bit word, from memory to product.
+bool multiplies_pairs() {
+#if defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+// sum + a · b; with Pairs every lane of a and b holds two bfloat16, and two products are added.
+template <bool Pairs>
+TK_INLINE Floats multiply_add(Floats sum, Floats a, Floats b) {
+  if constexpr (!Pairs) return sum + a * b;
+#if defined(__AVX512F__)
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));  // by its name: the rest of this file runs without it
+#endif
+  return sum;
+}
+
+// A row of keys as words: pairs of its elements, or the elements themselves.
+template <bool Pairs, class T>
+TK_INLINE auto words_of(const T* row) {
+  if constexpr (Pairs) {
+    return reinterpret_cast<const float*>(row);
   } else {
-    for (int i = 0; i < kLanes; ++i) x[i] = i < keys ? load(key + i * stride, smaller(depth, kLanes)) : Floats{};
+    return row;
+  }
+}
+
+// kLanes keys (the first `keys` of them exist) by kLanes words (the first `words`), transposed into a panel.
+template <bool Pairs, class T>
+TK_INLINE void pack_block(const T* key, int64_t stride, int keys, int word, int words, float* panel) {
+  Floats x[kLanes];
+  if (keys >= kLanes && words >= kLanes) {
+    for (int i = 0; i < kLanes; ++i) x[i] = load(words_of<Pairs>(key + i * stride) + word);
+  } else {
+    for (int i = 0; i < kLanes; ++i) {
+      x[i] = i < keys ? load(words_of<Pairs>(key + i * stride) + word, smaller(words, kLanes)) : Floats{};
+    }
   }
   transpose(x);
-  for (int i = 0; i < smaller(depth, kLanes); ++i) store(panel + i * kPanel, x[i]);
+  for (int i = 0; i < smaller(words, kLanes); ++i) store(panel + i * kPanel, x[i]);
 }
 
-// panel[d][j] = key[j][d]
-template <class T>
-void pack_panel(const T* key, int64_t stride, int keys, int depth, float* panel) {
+// panel[word][j] = key[j][word]
+template <bool Pairs, class T>
+void pack_panel(const T* key, int64_t stride, int keys, int words, float* panel) {
   for (int j = 0; j < keys; j += kLanes) {
-    for (int d = 0; d < depth; d += kLanes) {
-      pack_block(key + j * stride + d, stride, keys - j, depth - d, panel + d * kPanel + j);
+    for (int w = 0; w < words; w += kLanes) {
+      pack_block<Pairs>(key + j * stride, stride, keys - j, w, words - w, panel + w * kPanel + j);
     }
   }
 }
 
-// Rows × Vectors products in registers. query[d][row], panel[d][key]; scores of one row are `width` apart.
-template <int Rows, int Vectors>
-void multiply(const float* query, const float* panel, int depth, bool first, float* scores, int64_t width) {
+// Walks over the rows of the next panel and asks for them, line by line, while this one is multiplied.
+struct Ahead {
+  const char *line, *row_end;
+  int64_t row_bytes, stride_bytes;
+
+  TK_INLINE void step() {
+    __builtin_prefetch(line, 0, 2);
+    line += 64;
+    if (line >= row_end) {
+      row_end += stride_bytes;
+      line = row_end - row_bytes;
+    }
+  }
+};
+
+// A block of scores: rows are `width` apart; `first` starts them, else they are added to.
+struct Scores {
+  float* at;
+  int64_t width;
+  bool first;
+};
+
+// Rows × Vectors products in registers. query[word][row], panel[word][key].
+template <bool Pairs, int Rows, int Vectors>
+void multiply(const float* query, const float* panel, int words, const Scores& scores, Ahead& next) {
+  Ahead ahead = next;
   Floats sums[Rows][Vectors];
   for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Vectors; ++v) sums[r][v] = first ? Floats{} : load(scores + r * width + v * kLanes);
-  }
-  for (int d = 0; d < depth; ++d) {
-    Floats keys[Vectors];
-    for (int v = 0; v < Vectors; ++v) keys[v] = load(panel + d * kPanel + v * kLanes);
-    for (int r = 0; r < Rows; ++r) {
-      const Floats q = splat(query[d * Rows + r]);
-      for (int v = 0; v < Vectors; ++v) sums[r][v] += q * keys[v];
+    for (int v = 0; v < Vectors; ++v) {
+      sums[r][v] = scores.first ? Floats{} : load(scores.at + r * scores.width + v * kLanes);
     }
   }
+  for (int w = 0; w < words; ++w) {
+    ahead.step();
+    Floats keys[Vectors];
+    for (int v = 0; v < Vectors; ++v) keys[v] = load(panel + w * kPanel + v * kLanes);
+    for (int r = 0; r < Rows; ++r) {
+      const auto q = reinterpret_cast<Floats>(splat_int(static_cast<int32_t>(bits_of(query[w * Rows + r]))));
+      for (int v = 0; v < Vectors; ++v) sums[r][v] = multiply_add<Pairs>(sums[r][v], q, keys[v]);
+    }
+  }
+  next = ahead;
   for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Vectors; ++v) store(scores + r * width + v * kLanes, sums[r][v]);
+    for (int v = 0; v < Vectors; ++v) store(scores.at + r * scores.width + v * kLanes, sums[r][v]);
   }
 }
 
-template <int Vectors>
-TK_INLINE void multiply_rows(int rows, const float* query, const float* panel, int depth, bool first, float* scores,
-                             int64_t width) {
+template <bool Pairs, int Vectors>
+TK_INLINE void multiply_rows(int rows, const float* query, const float* panel, int words, const Scores& scores, Ahead& next) {
   switch (rows) {
-    case 1: return multiply<1, Vectors>(query, panel, depth, first, scores, width);
-    case 2: return multiply<2, Vectors>(query, panel, depth, first, scores, width);
-    case 3: return multiply<3, Vectors>(query, panel, depth, first, scores, width);
-    case 4: return multiply<4, Vectors>(query, panel, depth, first, scores, width);
-    case 5: return multiply<5, Vectors>(query, panel, depth, first, scores, width);
-    default: return multiply<6, Vectors>(query, panel, depth, first, scores, width);
+    case 1: return multiply<Pairs, 1, Vectors>(query, panel, words, scores, next);
+    case 2: return multiply<Pairs, 2, Vectors>(query, panel, words, scores, next);
+    case 3: return multiply<Pairs, 3, Vectors>(query, panel, words, scores, next);
+    case 4: return multiply<Pairs, 4, Vectors>(query, panel, words, scores, next);
+    case 5: return multiply<Pairs, 5, Vectors>(query, panel, words, scores, next);
+    default: return multiply<Pairs, 6, Vectors>(query, panel, words, scores, next);
   }
 }
 
-// Rows in blocks of kRowBlock, each stored dimension by dimension: query[block][d][row of the block].
-template <class T>
+// Rows in blocks of kRowBlock, each stored word by word: query[block][word][row of the block].
+template <bool Pairs, class T>
 void multiply_many(const float* query, int rows, int64_t dim, const T* key, int64_t stride, int keys, float* scores,
                    int64_t width) {
+  constexpr int kWord = Pairs ? 2 : 1;
   alignas(64) float panel[kPanel * kDepth];
   for (int j = 0; j < keys; j += kPanel) {
     const int count = smaller(kPanel, keys - j);
     for (int64_t d = 0; d < dim; d += kDepth) {
-      const int depth = static_cast<int>(smaller<int64_t>(kDepth, dim - d));
-      pack_panel(key + j * stride + d, stride, count, depth, panel);
+      const auto depth = static_cast<int>(smaller<int64_t>(kDepth, dim - d)), words = depth / kWord;
+      const T* from = key + j * stride + d;
+      pack_panel<Pairs>(from, stride, count, words, panel);
+      const int64_t row_bytes = depth * static_cast<int64_t>(sizeof(T)), stride_bytes = stride * static_cast<int64_t>(sizeof(T));
+      const char* line = reinterpret_cast<const char*>(from) + kPanel * stride_bytes;
+      Ahead next{line, line + row_bytes, row_bytes, stride_bytes};
       for (int r = 0; r < rows; r += kRowBlock) {
         const int block = smaller(kRowBlock, rows - r);
-        const float* q = query + r * dim + d * block;
-        float* to = scores + r * width + j;
+        const float* q = query + (r * dim + d * block) / kWord;
+        const Scores to{scores + r * width + j, width, d == 0};
         if (count > kPanel - kLanes) {
-          multiply_rows<kPanelVectors>(block, q, panel, depth, d == 0, to, width);
+          multiply_rows<Pairs, kPanelVectors>(block, q, panel, words, to, next);
         } else {
-          for (int v = 0; v < count; v += kLanes) multiply_rows<1>(block, q, panel + v, depth, d == 0, to + v, width);
+          for (int v = 0; v < count; v += kLanes) {
+            multiply_rows<Pairs, 1>(block, q, panel + v, words, {to.at + v, width, to.first}, next);
+          }
         }
       }
     }
   }
 }
 
-// Rows · Keys = kLanes products at once. query[row][d], rows and dimensions padded with zeros; `padded` dimensions a row.
+// kLanes / Rows keys at a time, read one after the other, as memory likes it; keys that lie apart are asked for ahead. query[row][d], rows and dimensions padded with zeros;
+// `padded` dimensions a row.
 template <int Rows, class T>
 void multiply_few(const float* query, int rows, int64_t dim, int64_t padded, const T* key, int64_t stride, int keys,
                   float* scores, int64_t width) {
-  constexpr int kKeys = kLanes / Rows;
+  constexpr int kKeys = kLanes / Rows, kKeysAhead = 6, kLine = 64 / sizeof(T);
+  const int64_t apart = stride == dim ? 0 : dim;
   for (int j = 0; j < keys; j += kKeys) {
-    const T* k[kKeys];
-    for (int i = 0; i < kKeys; ++i) k[i] = key + smaller(j + i, keys - 1) * stride;
-    Floats sums[kLanes] = {};
-    int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) {
-      for (int r = 0; r < Rows; ++r) {
-        const Floats q = load(query + r * padded + d);
-        for (int i = 0; i < kKeys; ++i) sums[r * kKeys + i] += q * load(k[i] + d);
+    Floats sums[kLanes];
+    for (int i = 0; i < kKeys; ++i) {
+      const T* k = key + smaller(j + i, keys - 1) * stride;
+      for (int64_t d = 0; d < apart; d += kLine) __builtin_prefetch(k + kKeysAhead * stride + d);
+      Floats products[Rows] = {};
+      int64_t d = 0;
+      for (; d + kLanes <= dim; d += kLanes) {
+        for (int r = 0; r < Rows; ++r) products[r] += load(query + r * padded + d) * load(k + d);
       }
-    }
-    if (d < dim) {
-      for (int r = 0; r < Rows; ++r) {
-        const Floats q = load(query + r * padded + d);
-        for (int i = 0; i < kKeys; ++i) sums[r * kKeys + i] += q * load(k[i] + d, static_cast<int>(dim - d));
+      if (d < dim) {
+        const Floats rest = load(k + d, static_cast<int>(dim - d));
+        for (int r = 0; r < Rows; ++r) products[r] += load(query + r * padded + d) * rest;
       }
+      for (int r = 0; r < Rows; ++r) sums[r * kKeys + i] = products[r];
     }
     float lanes[kLanes];
     store(lanes, sum_lanes(sums));
@@ -152,12 +217,22 @@ void multiply_few(const float* query, int rows, int64_t dim, int64_t padded, con
   }
 }
 
+enum class Products { kFew, kMany, kPairs };
+
+Products products_of(DType dtype, int64_t rows, int64_t dim) {
+  if (rows <= kFewRows) return Products::kFew;
+  return dtype == DType::kBFloat16 && dim % 2 == 0 && multiplies_pairs() ? Products::kPairs : Products::kMany;
+}
+
 // scores[r][j] for `keys` ≤ kTile keys, the scores of one row `width` apart (`width` ≥ keys rounded up to kLanes).
 template <class T>
-void multiply_tile(const float* query, int rows, int64_t dim, bool few, const T* key, int64_t stride, int keys, float* scores,
+void multiply_tile(Products way, const float* query, int rows, int64_t dim, const T* key, int64_t stride, int keys, float* scores,
                    int64_t width) {
   const int64_t padded = ceil_div(dim, kLanes) * kLanes;
-  if (!few) return multiply_many(query, rows, dim, key, stride, keys, scores, width);
+  if constexpr (sizeof(T) == 2) {
+    if (way == Products::kPairs) return multiply_many<true>(query, rows, dim, key, stride, keys, scores, width);
+  }
+  if (way != Products::kFew) return multiply_many<false>(query, rows, dim, key, stride, keys, scores, width);
   if (rows == 1) return multiply_few<1>(query, rows, dim, padded, key, stride, keys, scores, width);
   if (rows == 2) return multiply_few<2>(query, rows, dim, padded, key, stride, keys, scores, width);
   return multiply_few<4>(query, rows, dim, padded, key, stride, keys, scores, width);
@@ -165,14 +240,18 @@ void multiply_tile(const float* query, int rows, int64_t dim, bool few, const T*
 
 // One row of queries as multiply_tile wants it: row r of `rows`.
 template <class T>
-void pack_query(const T* from, int r, int rows, int64_t dim, bool few, float* to) {
-  const int64_t padded = ceil_div(dim, kLanes) * kLanes;
+void pack_query(Products way, const T* from, int r, int rows, int64_t dim, float* to) {
   const int first = r / kRowBlock * kRowBlock, block = smaller(kRowBlock, rows - first);
+  if (way == Products::kPairs) {
+    to += first * dim / 2 + r - first;
+    for (int64_t d = 0; d < dim; d += 2, to += block) std::memcpy(to, from + d, sizeof(float));
+    return;
+  }
   for (int64_t d = 0; d < dim; d += kLanes) {
     const int count = static_cast<int>(smaller<int64_t>(kLanes, dim - d));
     const Floats value = load(from + d, count);
-    if (few) {
-      store(to + r * padded + d, value);
+    if (way == Products::kFew) {
+      store(to + r * ceil_div(dim, kLanes) * kLanes + d, value);
     } else {
       float lanes[kLanes];
       store(lanes, value);

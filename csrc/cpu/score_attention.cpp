@@ -26,7 +26,7 @@ struct Plan {
   int64_t wave_units, wave_images;          // of one wave
   int64_t queries_at, factors_at, totals_at, unit_floats;
   int64_t carry_floats;                     // head sums of unit_rows rows, where a maximum of them needs several waves
-  bool few;
+  Products way;
 };
 
 struct Unit {
@@ -61,7 +61,7 @@ Plan plan_of(const ScoreAttention& p) {
   plan.row_blocks = ceil_div(p.rows, plan.unit_rows);
   plan.folded = plan.unit_heads * plan.unit_rows;
   plan.lanes = round_up(plan.folded, kLanes);
-  plan.few = plan.folded <= kFewRows;
+  plan.way = products_of(p.dtype, plan.folded, p.dim);
   plan.units = plan.row_blocks * p.key_heads * plan.head_blocks;
   plan.queries_at = plan.folded * plan.width;
   plan.factors_at = plan.queries_at + round_up(larger<int64_t>(kFewRows, plan.folded) * round_up(p.dim, kLanes), kLanes);
@@ -185,7 +185,7 @@ void score_tile(const ScoreAttention& p, const Plan& plan, const Unit& unit, int
       using T = decltype(zero);
       const T* key = static_cast<const T*>(p.key) + unit.image * p.key_strides[0] + unit.key_head * p.key_strides[1] +
                      begin * p.key_strides[2];
-      multiply_tile(unit.queries, unit.folded, p.dim, plan.few, key, p.key_strides[2], keys, scores, width);
+      multiply_tile(plan.way, unit.queries, unit.folded, p.dim, key, p.key_strides[2], keys, scores, width);
     });
   }
   const float scale = p.scale * kLog2E;
@@ -333,14 +333,14 @@ void run_wave(const ScoreAttention& p, const Plan& plan, const Wave& wave, const
   const int64_t slots = wave.images * wave.units;
   for (int64_t slot = 0; slot < slots; ++slot) {
     const Unit unit = unit_at(p, plan, wave, slot);
-    if (plan.few) std::memset(unit.queries, 0, sizeof(float) * static_cast<size_t>(kFewRows * round_up(p.dim, kLanes)));
+    if (plan.way == Products::kFew) std::memset(unit.queries, 0, sizeof(float) * static_cast<size_t>(kFewRows * round_up(p.dim, kLanes)));
     dispatch(p.dtype, [&](auto zero) {
       using T = decltype(zero);
       for (int r = 0; r < unit.folded; ++r) {
         const T* from = static_cast<const T*>(p.query) + unit.image * p.query_strides[0] +
                         (unit.first_head + r / unit.rows) * p.query_strides[1] +
                         (unit.first_row + r % unit.rows) * p.query_strides[2];
-        pack_query(from, r, unit.folded, p.dim, plan.few, unit.queries);
+        pack_query(plan.way, from, r, unit.folded, p.dim, unit.queries);
       }
     });
   }
