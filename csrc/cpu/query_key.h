@@ -25,6 +25,28 @@ TK_INLINE Floats zip(Floats a, Floats b, bool upper) {
   return __builtin_shuffle(a, b, lanes);
 }
 
+#if defined(__AVX512F__)
+// First 4 × 4 inside quarters of a register, then the quarters: one cheap shuffle each.
+TK_INLINE void transpose(Floats (&x)[kLanes]) {
+  Floats quads[kLanes];
+  for (int i = 0; i < kLanes; i += 4) {
+    const __m512d low0 = _mm512_castps_pd(_mm512_unpacklo_ps(x[i], x[i + 1])), high0 = _mm512_castps_pd(_mm512_unpackhi_ps(x[i], x[i + 1]));
+    const __m512d low1 = _mm512_castps_pd(_mm512_unpacklo_ps(x[i + 2], x[i + 3])), high1 = _mm512_castps_pd(_mm512_unpackhi_ps(x[i + 2], x[i + 3]));
+    quads[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(low0, low1));
+    quads[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low0, low1));
+    quads[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high0, high1));
+    quads[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high0, high1));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const Floats even0 = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0x88), even1 = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0x88);
+    const Floats odd0 = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0xdd), odd1 = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0xdd);
+    x[i] = _mm512_shuffle_f32x4(even0, even1, 0x88);
+    x[i + 4] = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
+    x[i + 8] = _mm512_shuffle_f32x4(even0, even1, 0xdd);
+    x[i + 12] = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
+  }
+}
+#else
 TK_INLINE void transpose(Floats (&x)[kLanes]) {
   for (int step = 1; step < kLanes; step *= 2) {
     Floats y[kLanes];
@@ -35,6 +57,7 @@ TK_INLINE void transpose(Floats (&x)[kLanes]) {
     for (int i = 0; i < kLanes; ++i) x[i] = y[i];
   }
 }
+#endif
 
 // Lane i holds the sum of the lanes of x[i].
 TK_INLINE Floats sum_lanes(Floats (&x)[kLanes]) {

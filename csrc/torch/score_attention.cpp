@@ -69,7 +69,7 @@ Tensor score_attention_cpu(Tensor query, Tensor key, std::optional<double> scale
   Tensor out = empty({sum + max, p.batch, outputs, end_column - first_column}, ScalarType::Float);
   p.out = static_cast<float*>(out.data_ptr());
   const Pool threads = pool();
-  const Scratch scratch(score_attention_scratch(p, threads.threads));
+  Scratch scratch(score_attention_scratch(p, threads.threads));
   p.scratch = scratch.data();
   check(score_attention(p, threads), kOp, "key_lengths, query_positions: allowed 0 … N and at least -1");
   return out;

@@ -75,7 +75,7 @@ def score_attention(
     first, end, total, top = _check(
         query, key, scale, query_positions, causal, key_lengths, lse, columns, row_weights, heads, reduce, pool, backend
     )
-    query, key = autocast(query, key)
+    query, key = autocast(_constant(query), _constant(key))
     outputs = OP(
         backend, query.device.type, query, key, scale, causal, _as(query_positions, torch.int64), _as(key_lengths, torch.int64),
         _as(lse, _statistics(query)), _as(row_weights, _statistics(query)), first, end, heads, total, top, pool,
@@ -85,8 +85,12 @@ def score_attention(
     return outputs.unbind(0) if total and top else outputs[0]
 
 
+def _constant(x: Tensor) -> Tensor:
+    return x.detach() if x.requires_grad else x
+
+
 def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return x if x is None or x.dtype == dtype else x.to(dtype)
+    return None if x is None else _constant(x if x.dtype == dtype else x.to(dtype))
 
 
 def _statistics(x: Tensor) -> torch.dtype:
