@@ -1,5 +1,6 @@
-// Products of a block of query rows with a tile of keys: s[r][j] = ⟨q_r, k_j⟩. Many rows: keys are transposed once into a panel, keys
-// across lanes, a block of rows by a few vectors in registers. Few rows: each key is read once, the head dimension across lanes.
+// Products of a block of query rows with a tile of keys: s[r][j] = ⟨q_r, k_j⟩. Many rows: keys are
+// transposed once into a panel, keys across lanes, a block of rows by a few vectors in registers.
+// Few rows: each key is read once, the head dimension across lanes.
 #pragma once
 
 #include "cpu/simd.h"
@@ -30,16 +31,20 @@ TK_INLINE Floats zip(Floats a, Floats b, bool upper) {
 TK_INLINE void transpose(Floats (&x)[kLanes]) {
   Floats quads[kLanes];
   for (int i = 0; i < kLanes; i += 4) {
-    const __m512d low0 = _mm512_castps_pd(_mm512_unpacklo_ps(x[i], x[i + 1])), high0 = _mm512_castps_pd(_mm512_unpackhi_ps(x[i], x[i + 1]));
-    const __m512d low1 = _mm512_castps_pd(_mm512_unpacklo_ps(x[i + 2], x[i + 3])), high1 = _mm512_castps_pd(_mm512_unpackhi_ps(x[i + 2], x[i + 3]));
+    const __m512d low0 = _mm512_castps_pd(_mm512_unpacklo_ps(x[i], x[i + 1])),
+                  high0 = _mm512_castps_pd(_mm512_unpackhi_ps(x[i], x[i + 1]));
+    const __m512d low1 = _mm512_castps_pd(_mm512_unpacklo_ps(x[i + 2], x[i + 3])),
+                  high1 = _mm512_castps_pd(_mm512_unpackhi_ps(x[i + 2], x[i + 3]));
     quads[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(low0, low1));
     quads[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low0, low1));
     quads[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high0, high1));
     quads[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high0, high1));
   }
   for (int i = 0; i < 4; ++i) {
-    const Floats even0 = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0x88), even1 = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0x88);
-    const Floats odd0 = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0xdd), odd1 = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0xdd);
+    const Floats even0 = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0x88),
+                 even1 = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0x88);
+    const Floats odd0 = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0xdd),
+                 odd1 = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0xdd);
     x[i] = _mm512_shuffle_f32x4(even0, even1, 0x88);
     x[i + 4] = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
     x[i + 8] = _mm512_shuffle_f32x4(even0, even1, 0xdd);
@@ -62,12 +67,14 @@ TK_INLINE void transpose(Floats (&x)[kLanes]) {
 // Lane i holds the sum of the lanes of x[i].
 TK_INLINE Floats sum_lanes(Floats (&x)[kLanes]) {
   for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) x[i] = zip(x[i], x[i + half], false) + zip(x[i], x[i + half], true);
+    for (int i = 0; i < half; ++i)
+      x[i] = zip(x[i], x[i + half], false) + zip(x[i], x[i + half], true);
   }
   return x[0];
 }
 
-// bfloat16 in pairs: where the processor multiplies them so, two neighbouring dimensions stay one 32-bit word, from memory to product.
+// bfloat16 in pairs: where the processor multiplies them so, two neighbouring dimensions stay one
+// 32-bit word, from memory to product.
 bool multiplies_pairs() {
 #if defined(__AVX512F__)
   return __builtin_cpu_supports("avx512bf16");
@@ -81,7 +88,9 @@ template <bool Pairs>
 TK_INLINE Floats multiply_add(Floats sum, Floats a, Floats b) {
   if constexpr (!Pairs) return sum + a * b;
 #if defined(__AVX512F__)
-  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));  // by its name: the rest of this file runs without it
+  asm("vdpbf16ps %2, %1, %0"
+      : "+v"(sum)
+      : "v"(a), "v"(b));  // by its name: the rest of this file runs without it
 #endif
   return sum;
 }
@@ -96,15 +105,18 @@ TK_INLINE auto words_of(const T* row) {
   }
 }
 
-// kLanes keys (the first `keys` of them exist) by kLanes words (the first `words`), transposed into a panel.
+// kLanes keys (the first `keys` of them exist) by kLanes words (the first `words`), transposed into
+// a panel.
 template <bool Pairs, class T>
-TK_INLINE void pack_block(const T* key, int64_t stride, int keys, int word, int words, float* panel) {
+TK_INLINE void pack_block(const T* key, int64_t stride, int keys, int word, int words,
+                          float* panel) {
   Floats x[kLanes];
   if (keys >= kLanes && words >= kLanes) {
     for (int i = 0; i < kLanes; ++i) x[i] = load(words_of<Pairs>(key + i * stride) + word);
   } else {
     for (int i = 0; i < kLanes; ++i) {
-      x[i] = i < keys ? load(words_of<Pairs>(key + i * stride) + word, smaller(words, kLanes)) : Floats{};
+      x[i] = i < keys ? load(words_of<Pairs>(key + i * stride) + word, smaller(words, kLanes))
+                      : Floats{};
     }
   }
   transpose(x);
@@ -121,7 +133,8 @@ void pack_panel(const T* key, int64_t stride, int keys, int words, float* panel)
   }
 }
 
-// Walks over the rows of the next panel and asks for them, line by line, while this one is multiplied.
+// Walks over the rows of the next panel and asks for them, line by line, while this one is
+// multiplied.
 struct Ahead {
   const char *line, *row_end;
   int64_t row_bytes, stride_bytes;
@@ -145,7 +158,8 @@ struct Scores {
 
 // Rows × Vectors products in registers. query[word][row], panel[word][key].
 template <bool Pairs, int Rows, int Vectors>
-void multiply(const float* query, const float* panel, int words, const Scores& scores, Ahead& next) {
+void multiply(const float* query, const float* panel, int words, const Scores& scores,
+              Ahead& next) {
   Ahead ahead = next;
   Floats sums[Rows][Vectors];
   for (int r = 0; r < Rows; ++r) {
@@ -158,7 +172,8 @@ void multiply(const float* query, const float* panel, int words, const Scores& s
     Floats keys[Vectors];
     for (int v = 0; v < Vectors; ++v) keys[v] = load(panel + w * kPanel + v * kLanes);
     for (int r = 0; r < Rows; ++r) {
-      const auto q = reinterpret_cast<Floats>(splat_int(static_cast<int32_t>(bits_of(query[w * Rows + r]))));
+      const auto q =
+          reinterpret_cast<Floats>(splat_int(static_cast<int32_t>(bits_of(query[w * Rows + r]))));
       for (int v = 0; v < Vectors; ++v) sums[r][v] = multiply_add<Pairs>(sums[r][v], q, keys[v]);
     }
   }
@@ -169,21 +184,28 @@ void multiply(const float* query, const float* panel, int words, const Scores& s
 }
 
 template <bool Pairs, int Vectors>
-TK_INLINE void multiply_rows(int rows, const float* query, const float* panel, int words, const Scores& scores, Ahead& next) {
+TK_INLINE void multiply_rows(int rows, const float* query, const float* panel, int words,
+                             const Scores& scores, Ahead& next) {
   switch (rows) {
-    case 1: return multiply<Pairs, 1, Vectors>(query, panel, words, scores, next);
-    case 2: return multiply<Pairs, 2, Vectors>(query, panel, words, scores, next);
-    case 3: return multiply<Pairs, 3, Vectors>(query, panel, words, scores, next);
-    case 4: return multiply<Pairs, 4, Vectors>(query, panel, words, scores, next);
-    case 5: return multiply<Pairs, 5, Vectors>(query, panel, words, scores, next);
-    default: return multiply<Pairs, 6, Vectors>(query, panel, words, scores, next);
+    case 1:
+      return multiply<Pairs, 1, Vectors>(query, panel, words, scores, next);
+    case 2:
+      return multiply<Pairs, 2, Vectors>(query, panel, words, scores, next);
+    case 3:
+      return multiply<Pairs, 3, Vectors>(query, panel, words, scores, next);
+    case 4:
+      return multiply<Pairs, 4, Vectors>(query, panel, words, scores, next);
+    case 5:
+      return multiply<Pairs, 5, Vectors>(query, panel, words, scores, next);
+    default:
+      return multiply<Pairs, 6, Vectors>(query, panel, words, scores, next);
   }
 }
 
 // Rows in blocks of kRowBlock, each stored word by word: query[block][word][row of the block].
 template <bool Pairs, class T>
-void multiply_many(const float* query, int rows, int64_t dim, const T* key, int64_t stride, int keys, float* scores,
-                   int64_t width) {
+void multiply_many(const float* query, int rows, int64_t dim, const T* key, int64_t stride,
+                   int keys, float* scores, int64_t width) {
   constexpr int kWord = Pairs ? 2 : 1;
   alignas(64) float panel[kPanel * kDepth];
   for (int j = 0; j < keys; j += kPanel) {
@@ -192,7 +214,8 @@ void multiply_many(const float* query, int rows, int64_t dim, const T* key, int6
       const auto depth = static_cast<int>(smaller<int64_t>(kDepth, dim - d)), words = depth / kWord;
       const T* from = key + j * stride + d;
       pack_panel<Pairs>(from, stride, count, words, panel);
-      const int64_t row_bytes = depth * static_cast<int64_t>(sizeof(T)), stride_bytes = stride * static_cast<int64_t>(sizeof(T));
+      const int64_t row_bytes = depth * static_cast<int64_t>(sizeof(T)),
+                    stride_bytes = stride * static_cast<int64_t>(sizeof(T));
       const char* line = reinterpret_cast<const char*>(from) + kPanel * stride_bytes;
       Ahead next{line, line + row_bytes, row_bytes, stride_bytes};
       for (int r = 0; r < rows; r += kRowBlock) {
@@ -211,11 +234,12 @@ void multiply_many(const float* query, int rows, int64_t dim, const T* key, int6
   }
 }
 
-// kLanes / Rows keys at a time, read one after the other, as memory likes it; keys that lie apart are asked for ahead. query[row][d], rows and dimensions padded with zeros;
-// `padded` dimensions a row.
+// kLanes / Rows keys at a time, read one after the other, as memory likes it; keys that lie apart
+// are asked for ahead. query[row][d], rows and dimensions padded with zeros; `padded` dimensions a
+// row.
 template <int Rows, class T>
-void multiply_few(const float* query, int rows, int64_t dim, int64_t padded, const T* key, int64_t stride, int keys,
-                  float* scores, int64_t width) {
+void multiply_few(const float* query, int rows, int64_t dim, int64_t padded, const T* key,
+                  int64_t stride, int keys, float* scores, int64_t width) {
   constexpr int kKeys = kLanes / Rows, kKeysAhead = 6, kLine = 64 / sizeof(T);
   const int64_t apart = stride == dim ? 0 : dim;
   for (int j = 0; j < keys; j += kKeys) {
@@ -236,7 +260,8 @@ void multiply_few(const float* query, int rows, int64_t dim, int64_t padded, con
     }
     float lanes[kLanes];
     store(lanes, sum_lanes(sums));
-    for (int r = 0; r < rows; ++r) std::memcpy(scores + r * width + j, lanes + r * kKeys, sizeof(float) * kKeys);
+    for (int r = 0; r < rows; ++r)
+      std::memcpy(scores + r * width + j, lanes + r * kKeys, sizeof(float) * kKeys);
   }
 }
 
@@ -244,18 +269,22 @@ enum class Products { kFew, kMany, kPairs };
 
 Products products_of(DType dtype, int64_t rows, int64_t dim) {
   if (rows <= kFewRows) return Products::kFew;
-  return dtype == DType::kBFloat16 && dim % 2 == 0 && multiplies_pairs() ? Products::kPairs : Products::kMany;
+  return dtype == DType::kBFloat16 && dim % 2 == 0 && multiplies_pairs() ? Products::kPairs
+                                                                         : Products::kMany;
 }
 
-// scores[r][j] for `keys` ≤ kTile keys, the scores of one row `width` apart (`width` ≥ keys rounded up to kLanes).
+// scores[r][j] for `keys` ≤ kTile keys, the scores of one row `width` apart (`width` ≥ keys rounded
+// up to kLanes).
 template <class T>
-void multiply_tile(Products way, const float* query, int rows, int64_t dim, const T* key, int64_t stride, int keys, float* scores,
-                   int64_t width) {
+void multiply_tile(Products way, const float* query, int rows, int64_t dim, const T* key,
+                   int64_t stride, int keys, float* scores, int64_t width) {
   const int64_t padded = ceil_div(dim, kLanes) * kLanes;
   if constexpr (sizeof(T) == 2) {
-    if (way == Products::kPairs) return multiply_many<true>(query, rows, dim, key, stride, keys, scores, width);
+    if (way == Products::kPairs)
+      return multiply_many<true>(query, rows, dim, key, stride, keys, scores, width);
   }
-  if (way != Products::kFew) return multiply_many<false>(query, rows, dim, key, stride, keys, scores, width);
+  if (way != Products::kFew)
+    return multiply_many<false>(query, rows, dim, key, stride, keys, scores, width);
   if (rows == 1) return multiply_few<1>(query, rows, dim, padded, key, stride, keys, scores, width);
   if (rows == 2) return multiply_few<2>(query, rows, dim, padded, key, stride, keys, scores, width);
   return multiply_few<4>(query, rows, dim, padded, key, stride, keys, scores, width);

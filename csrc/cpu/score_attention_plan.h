@@ -1,5 +1,6 @@
-// How score_attention cuts its work: an image into units (a block of rows of one key head), units into waves that fit the scratch.
-// Nothing here but the number of images in a wave depends on the batch.
+// How score_attention cuts its work: an image into units (a block of rows of one key head), units
+// into waves that fit the scratch. Nothing here but the number of images in a wave depends on the
+// batch.
 #pragma once
 
 #include "cpu/query_key.h"
@@ -14,21 +15,24 @@ constexpr int64_t kLeastWave = int64_t{1} << 16, kMostWave = int64_t{1} << 21;  
 
 // The cut, and where a unit keeps what in its scratch (offsets in floats).
 struct Plan {
-  int64_t group, tiles, width;              // query heads of a key head; tiles of keys; keys rounded up to kColumns
-  int64_t unit_heads, head_blocks;          // query heads of a unit
-  int64_t unit_rows, row_blocks;            // rows of a unit
-  int64_t folded, lanes;                    // unit_heads · unit_rows, rounded up to kLanes
-  int64_t units, part_units;                // units of an image; those taken up together, when an image needs several waves
-  int64_t wave_units, wave_images;          // of one wave
+  int64_t group, tiles,
+      width;  // query heads of a key head; tiles of keys; keys rounded up to kColumns
+  int64_t unit_heads, head_blocks;  // query heads of a unit
+  int64_t unit_rows, row_blocks;    // rows of a unit
+  int64_t folded, lanes;            // unit_heads · unit_rows, rounded up to kLanes
+  int64_t units,
+      part_units;  // units of an image; those taken up together, when an image needs several waves
+  int64_t wave_units, wave_images;  // of one wave
   int64_t queries_at, factors_at, totals_at, unit_floats;
-  int64_t carry_floats;                     // head sums of unit_rows rows, where a maximum of them needs several waves
+  int64_t carry_floats;  // head sums of unit_rows rows, where a maximum of them needs several waves
   Products way;
 };
 
 struct Unit {
   int64_t image, key_head, first_head, first_row;
   int heads, rows, folded;
-  float *scores, *queries, *factors, *totals;  // [tile][folded][keys], packed, [tile][lanes], [tile][lanes]
+  float *scores, *queries, *factors,
+      *totals;  // [tile][folded][keys], packed, [tile][lanes], [tile][lanes]
 };
 
 struct Wave {
@@ -52,7 +56,8 @@ Plan plan_of(const ScoreAttention& p) {
   plan.head_blocks = ceil_div(plan.group, smaller<int64_t>(most, 64));
   plan.unit_heads = ceil_div(plan.group, plan.head_blocks);
   plan.head_blocks = ceil_div(plan.group, plan.unit_heads);
-  plan.row_blocks = ceil_div(p.rows, smaller<int64_t>(64, larger<int64_t>(1, most / plan.unit_heads)));
+  plan.row_blocks =
+      ceil_div(p.rows, smaller<int64_t>(64, larger<int64_t>(1, most / plan.unit_heads)));
   plan.unit_rows = ceil_div(p.rows, plan.row_blocks);
   plan.row_blocks = ceil_div(p.rows, plan.unit_rows);
   plan.folded = plan.unit_heads * plan.unit_rows;
@@ -60,15 +65,19 @@ Plan plan_of(const ScoreAttention& p) {
   plan.way = products_of(p.dtype, plan.folded, p.dim);
   plan.units = plan.row_blocks * p.key_heads * plan.head_blocks;
   plan.queries_at = plan.folded * plan.width;
-  plan.factors_at = plan.queries_at + round_up(larger<int64_t>(kFewRows, plan.folded) * round_up(p.dim, kLanes), kLanes);
+  plan.factors_at =
+      plan.queries_at +
+      round_up(larger<int64_t>(kFewRows, plan.folded) * round_up(p.dim, kLanes), kLanes);
   plan.totals_at = plan.factors_at + plan.tiles * plan.lanes;
   plan.unit_floats = plan.totals_at + (p.lse ? 0 : plan.tiles * plan.lanes);
   const int64_t budget = smaller(kMostWave, larger(kLeastWave, plan.units * plan.unit_floats / 8));
   plan.part_units = smaller(plan.units, larger<int64_t>(1, budget / plan.unit_floats));
   const bool whole = plan.part_units == plan.units;
-  plan.wave_images = whole ? smaller(p.batch, larger<int64_t>(1, budget / (plan.units * plan.unit_floats))) : 1;
+  plan.wave_images =
+      whole ? smaller(p.batch, larger<int64_t>(1, budget / (plan.units * plan.unit_floats))) : 1;
   plan.wave_units = plan.part_units * plan.wave_images;
-  if (p.max && !whole && units_of_output(p, plan) > 1) plan.carry_floats = plan.unit_rows * plan.width;
+  if (p.max && !whole && units_of_output(p, plan) > 1)
+    plan.carry_floats = plan.unit_rows * plan.width;
   return plan;
 }
 
@@ -100,8 +109,9 @@ TK_INLINE Unit unit_at(const ScoreAttention& p, const Plan& plan, const Wave& wa
 TK_INLINE int64_t visible(const ScoreAttention& p, int64_t image, int64_t row) {
   const int64_t length = p.key_lengths ? p.key_lengths[image * p.length_stride] : p.keys;
   if (!p.causal) return length;
-  const int64_t position = p.positions ? p.positions[image * p.position_strides[0] + row * p.position_strides[1]]
-                                       : length - p.rows + row;
+  const int64_t position =
+      p.positions ? p.positions[image * p.position_strides[0] + row * p.position_strides[1]]
+                  : length - p.rows + row;
   return larger<int64_t>(0, smaller(length, position + 1));
 }
 

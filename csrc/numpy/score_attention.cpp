@@ -17,9 +17,11 @@ const T* view(const py::object& object, int64_t* strides) {
 }
 
 // Shapes and dtypes were checked by the caller.
-array score_attention_numpy(const array& query_any, const array& key_any, float scale, bool causal, const py::object& query_positions,
-                            const py::object& key_lengths, const py::object& lse, const py::object& row_weights, int64_t first_column,
-                            int64_t end_column, int heads, bool sum, bool max, int64_t pool_size) {
+array score_attention_numpy(const array& query_any, const array& key_any, float scale, bool causal,
+                            const py::object& query_positions, const py::object& key_lengths,
+                            const py::object& lse, const py::object& row_weights,
+                            int64_t first_column, int64_t end_column, int heads, bool sum, bool max,
+                            int64_t pool_size) {
   const array query = rows_contiguous(query_any), key = rows_contiguous(key_any);
   ScoreAttention p{};
   p.query = query.data();
@@ -47,8 +49,11 @@ array score_attention_numpy(const array& query_any, const array& key_any, float 
   p.sum = sum;
   p.max = max;
   p.pool = pool_size;
-  const int64_t outputs = p.reduce_heads == Heads::kMean ? 1 : p.reduce_heads == Heads::kGroup ? p.key_heads : p.heads;
-  array out = empty({sum + max, p.batch, outputs, end_column - first_column}, py::dtype::of<float>());
+  const int64_t outputs = p.reduce_heads == Heads::kMean    ? 1
+                          : p.reduce_heads == Heads::kGroup ? p.key_heads
+                                                            : p.heads;
+  array out =
+      empty({sum + max, p.batch, outputs, end_column - first_column}, py::dtype::of<float>());
   p.out = static_cast<float*>(out.mutable_data());
   const Pool threads = pool();
   Scratch scratch(score_attention_scratch(p, threads.threads));

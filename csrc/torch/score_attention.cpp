@@ -11,7 +11,8 @@ constexpr const char* kOp = "score_attention";
 
 // A small tensor of the call, if it came: its pointer and its strides.
 template <class T, size_t Rank>
-const T* view(const std::optional<Tensor>& tensor, const int64_t (&shape)[Rank], ScalarType type, const char* name, int64_t* strides) {
+const T* view(const std::optional<Tensor>& tensor, const int64_t (&shape)[Rank], ScalarType type,
+              const char* name, int64_t* strides) {
   if (!tensor) return nullptr;
   bool good = tensor->scalar_type() == type && tensor->dim() == static_cast<int64_t>(Rank);
   for (size_t i = 0; good && i < Rank; ++i) {
@@ -38,45 +39,59 @@ void set_tokens(const Tensor& query, const Tensor& key, ScoreAttention& p) {
   p.dim = query.size(3);
   p.key_heads = key.size(1);
   p.keys = key.size(2);
-  check(key.size(0) == p.batch && key.size(3) == p.dim && p.key_heads > 0 && p.heads > 0 && p.heads % p.key_heads == 0 &&
-            p.rows > 0 && p.keys > 0 && p.dim > 0,
-        kOp, "query, key: allowed (B, H, R, D) and (B, G, N, D), H a multiple of G, none of H, G, R, N, D zero");
+  check(key.size(0) == p.batch && key.size(3) == p.dim && p.key_heads > 0 && p.heads > 0 &&
+            p.heads % p.key_heads == 0 && p.rows > 0 && p.keys > 0 && p.dim > 0,
+        kOp,
+        "query, key: allowed (B, H, R, D) and (B, G, N, D), H a multiple of G, none of H, G, R, N, "
+        "D zero");
 }
 
-Tensor score_attention_cpu(Tensor query, Tensor key, std::optional<double> scale, bool causal, std::optional<Tensor> query_positions,
-                           std::optional<Tensor> key_lengths, std::optional<Tensor> lse, std::optional<Tensor> row_weights,
-                           int64_t first_column, int64_t end_column, std::string heads, bool sum, bool max, int64_t pool_size) {
+Tensor score_attention_cpu(Tensor query, Tensor key, std::optional<double> scale, bool causal,
+                           std::optional<Tensor> query_positions, std::optional<Tensor> key_lengths,
+                           std::optional<Tensor> lse, std::optional<Tensor> row_weights,
+                           int64_t first_column, int64_t end_column, std::string heads, bool sum,
+                           bool max, int64_t pool_size) {
   ScoreAttention p{};
   query = rows_contiguous(query);
   key = rows_contiguous(key);
   set_tokens(query, key, p);
   p.scale = static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(p.dim)));
   p.causal = causal;
-  p.positions = view<int64_t>(query_positions, {p.batch, p.rows}, ScalarType::Long, "query_positions", p.position_strides);
-  p.key_lengths = view<int64_t>(key_lengths, {p.batch}, ScalarType::Long, "key_lengths", &p.length_stride);
+  p.positions = view<int64_t>(query_positions, {p.batch, p.rows}, ScalarType::Long,
+                              "query_positions", p.position_strides);
+  p.key_lengths =
+      view<int64_t>(key_lengths, {p.batch}, ScalarType::Long, "key_lengths", &p.length_stride);
   p.lse = view<float>(lse, {p.batch, p.heads, p.rows}, ScalarType::Float, "lse", p.lse_strides);
-  p.row_weights = view<float>(row_weights, {p.batch, p.rows}, ScalarType::Float, "row_weights", p.weight_strides);
+  p.row_weights = view<float>(row_weights, {p.batch, p.rows}, ScalarType::Float, "row_weights",
+                              p.weight_strides);
   p.first_column = first_column;
   p.end_column = end_column;
   p.reduce_heads = heads == "mean" ? Heads::kMean : heads == "group" ? Heads::kGroup : Heads::kNone;
   p.sum = sum;
   p.max = max;
   p.pool = pool_size;
-  check(first_column >= 0 && first_column <= end_column && end_column <= p.keys, kOp, "columns: allowed 0 ≤ first ≤ end ≤ N");
+  check(first_column >= 0 && first_column <= end_column && end_column <= p.keys, kOp,
+        "columns: allowed 0 ≤ first ≤ end ≤ N");
   check(sum || max, kOp, "reduce: allowed sum, max or both");
-  check(pool_size >= 1 && pool_size % 2 == 1 && pool_size <= kMaxPool, kOp, "pool: allowed odd, 1 … 1023");
-  const int64_t outputs = p.reduce_heads == Heads::kMean ? 1 : p.reduce_heads == Heads::kGroup ? p.key_heads : p.heads;
+  check(pool_size >= 1 && pool_size % 2 == 1 && pool_size <= kMaxPool, kOp,
+        "pool: allowed odd, 1 … 1023");
+  const int64_t outputs = p.reduce_heads == Heads::kMean    ? 1
+                          : p.reduce_heads == Heads::kGroup ? p.key_heads
+                                                            : p.heads;
   Tensor out = empty({sum + max, p.batch, outputs, end_column - first_column}, ScalarType::Float);
   p.out = static_cast<float*>(out.data_ptr());
   const Pool threads = pool();
   Scratch scratch(score_attention_scratch(p, threads.threads));
   p.scratch = scratch.data();
-  check(score_attention(p, threads), kOp, "key_lengths, query_positions: allowed 0 … N and at least -1");
+  check(score_attention(p, threads), kOp,
+        "key_lengths, query_positions: allowed 0 … N and at least -1");
   return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tokenkernels, CPU, m) { m.impl("score_attention", TORCH_BOX(&score_attention_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(tokenkernels, CPU, m) {
+  m.impl("score_attention", TORCH_BOX(&score_attention_cpu));
+}
 
 }  // namespace tk::bind
