@@ -99,9 +99,7 @@ def score_attention(
         _plain(key_lengths, np.int64), _plain(lse, np.float32), _plain(row_weights, np.float32), first, end, _HEADS[heads],
         total, top, pool,
     )  # fmt: skip
-    if heads == "mean":
-        outputs = outputs[:, :, 0]
-    return (outputs[0], outputs[1]) if total and top else outputs[0]
+    return (outputs[0], outputs[1]) if total and top else outputs
 
 
 def _plain(x: Array | None, dtype: Any) -> Array | None:

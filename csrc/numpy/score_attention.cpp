@@ -49,11 +49,11 @@ array score_attention_numpy(const array& query_any, const array& key_any, float 
   p.sum = sum;
   p.max = max;
   p.pool = pool_size;
-  const int64_t outputs = p.reduce_heads == Heads::kMean    ? 1
-                          : p.reduce_heads == Heads::kGroup ? p.key_heads
-                                                            : p.heads;
-  array out =
-      empty({sum + max, p.batch, outputs, end_column - first_column}, py::dtype::of<float>());
+  std::vector<py::ssize_t> shape{p.batch, end_column - first_column};
+  if (p.reduce_heads == Heads::kGroup) shape.insert(shape.begin() + 1, p.key_heads);
+  if (p.reduce_heads == Heads::kNone) shape.insert(shape.begin() + 1, p.heads);
+  if (sum && max) shape.insert(shape.begin(), 2);
+  array out = empty(shape, py::dtype::of<float>());
   p.out = static_cast<float*>(out.mutable_data());
   const Pool threads = pool();
   Scratch scratch(score_attention_scratch(p, threads.threads));

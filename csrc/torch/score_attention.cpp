@@ -46,6 +46,17 @@ void set_tokens(const Tensor& query, const Tensor& key, ScoreAttention& p) {
         "D zero");
 }
 
+// (B, N') for the mean over heads, else (B, G | H, N'); sum and maximum one behind the other.
+Tensor output(const ScoreAttention& p) {
+  const int64_t columns = p.end_column - p.first_column;
+  const int64_t heads = p.reduce_heads == Heads::kGroup ? p.key_heads : p.heads;
+  const bool mean = p.reduce_heads == Heads::kMean, both = p.sum && p.max;
+  if (both && mean) return empty({2, p.batch, columns}, ScalarType::Float);
+  if (both) return empty({2, p.batch, heads, columns}, ScalarType::Float);
+  if (mean) return empty({p.batch, columns}, ScalarType::Float);
+  return empty({p.batch, heads, columns}, ScalarType::Float);
+}
+
 Tensor score_attention_cpu(Tensor query, Tensor key, std::optional<double> scale, bool causal,
                            std::optional<Tensor> query_positions, std::optional<Tensor> key_lengths,
                            std::optional<Tensor> lse, std::optional<Tensor> row_weights,
@@ -75,10 +86,7 @@ Tensor score_attention_cpu(Tensor query, Tensor key, std::optional<double> scale
   check(sum || max, kOp, "reduce: allowed sum, max or both");
   check(pool_size >= 1 && pool_size % 2 == 1 && pool_size <= kMaxPool, kOp,
         "pool: allowed odd, 1 … 1023");
-  const int64_t outputs = p.reduce_heads == Heads::kMean    ? 1
-                          : p.reduce_heads == Heads::kGroup ? p.key_heads
-                                                            : p.heads;
-  Tensor out = empty({sum + max, p.batch, outputs, end_column - first_column}, ScalarType::Float);
+  Tensor out = output(p);
   p.out = static_cast<float*>(out.data_ptr());
   const Pool threads = pool();
   Scratch scratch(score_attention_scratch(p, threads.threads));

@@ -80,9 +80,7 @@ def score_attention(
         backend, query.device.type, query, key, scale, causal, _as(query_positions, torch.int64), _as(key_lengths, torch.int64),
         _as(lse, _statistics(query)), _as(row_weights, _statistics(query)), first, end, heads, total, top, pool,
     )  # fmt: skip
-    if heads == "mean":
-        outputs = outputs.squeeze(2)
-    return outputs.unbind(0) if total and top else outputs[0]
+    return outputs.unbind(0) if total and top else outputs
 
 
 def _constant(x: Tensor) -> Tensor:
@@ -130,28 +128,31 @@ def _reference(
         attention = (logits - lse.unsqueeze(-1)).exp()
     attention = torch.where(seen, attention, 0)[..., first_column:end_column]
     if heads == "mean":
-        attention = attention.mean(1, keepdim=True)
+        attention = attention.mean(1)
     elif heads == "group":
         attention = attention.unflatten(1, (key.shape[1], group)).mean(2)
     outputs = []
     if sum:
-        weighted = attention if row_weights is None else attention * row_weights[:, None, :, None]
-        outputs.append(weighted.sum(2))
+        weighted = attention
+        if row_weights is not None:
+            weighted = attention * (row_weights if heads == "mean" else row_weights.unsqueeze(1)).unsqueeze(-1)
+        outputs.append(weighted.sum(-2))
     if max:
-        outputs.append(attention.amax(2))
-    stacked = torch.stack(outputs)
-    if pool == 1 or stacked.numel() == 0:
-        return stacked
-    return F.avg_pool1d(stacked.flatten(0, 2).unsqueeze(1), pool, 1, pool // 2).reshape(stacked.shape)
+        outputs.append(attention.amax(-2))
+    scores = torch.stack(outputs) if sum and max else outputs[0]
+    if pool == 1 or scores.numel() == 0:
+        return scores
+    return F.avg_pool1d(scores.reshape(-1, 1, scores.shape[-1]), pool, 1, pool // 2).reshape(scores.shape)
 
 
 def _fake(
     query: Tensor, key: Tensor, scale: float | None, causal: bool, query_positions: Tensor | None, key_lengths: Tensor | None,
     lse: Tensor | None, row_weights: Tensor | None, first_column: int, end_column: int, heads: str, sum: bool, max: bool, pool: int,
 ) -> Tensor:  # fmt: skip
-    outputs = {"mean": 1, "group": key.shape[1], "none": query.shape[1]}[heads]
-    shape = (sum + max, query.shape[0], outputs, end_column - first_column)
-    return query.new_empty(shape, dtype=_statistics(query))
+    shape = [query.shape[0], end_column - first_column]
+    if heads != "mean":
+        shape.insert(1, key.shape[1] if heads == "group" else query.shape[1])
+    return query.new_empty([2, *shape] if sum and max else shape, dtype=_statistics(query))
 
 
 def _tokens(t: Make, batch: int, heads: int, key_heads: int, rows: int, keys: int, dim: int) -> dict[str, Any]:
