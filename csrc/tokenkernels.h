@@ -83,4 +83,31 @@ struct GatherTopkBackward {
 Status gather_topk_backward(const GatherTopkBackward& params, const Pool& pool);
 int64_t gather_topk_backward_scratch(const GatherTopkBackward& params, int threads);
 
+// score_attention: the share of attention that each key receives from the rows of `query`. softmax over the visible keys of
+// scale·⟨q, k⟩, then the mean over heads, then the sum and the maximum over rows.
+struct ScoreAttention {
+  enum class Heads : int32_t { kMean, kGroup, kNone };
+  const void* query;  // (B, H, R, D)
+  const void* key;    // (B, G, N, D), H a multiple of G
+  DType dtype;
+  int64_t query_strides[3], key_strides[3];  // batch, head, row
+  int64_t batch, heads, key_heads, rows, keys, dim;
+  const int64_t* positions;     // (B, R) or null; causal: row t sees the keys 0…position, −1 sees none. Null: the last R keys
+  const int64_t* key_lengths;   // (B) or null: keys from there on are invisible
+  const float* lse;             // (B, H, R) or null: the natural logarithm of each row's sum of exponentials
+  const float* row_weights;     // (B, R) or null: factors of the sum
+  int64_t position_strides[2], length_stride, lse_strides[3], weight_strides[2];
+  float scale;
+  bool causal;
+  int64_t first_column, end_column;  // the keys whose scores are wanted
+  Heads reduce_heads;
+  bool sum, max;  // sum only, max only, or sum then max
+  int64_t pool;   // odd: the window of the average over columns
+  float* out;     // (sum + max, B, 1 | G | H, end_column − first_column)
+  void* scratch;
+};
+constexpr int64_t kMaxPool = 1023;
+Status score_attention(const ScoreAttention& params, const Pool& pool);
+int64_t score_attention_scratch(const ScoreAttention& params, int threads);
+
 }  // namespace tk

@@ -14,6 +14,7 @@ import numpy as np
 
 from . import checks
 from .checks.gather_topk import gather_topk as _check_gather_topk
+from .checks.score_attention import score_attention as _check_score_attention
 
 try:
     from . import _numpy as _core
@@ -37,6 +38,7 @@ checks.DTYPES[np.dtype(bool)] = "bool"
 
 Array = np.ndarray
 _FUSE = {None: 0, "sum": 1, "mean": 2}
+_HEADS = {"mean": 0, "group": 1, "none": 2}
 
 
 class Selected(NamedTuple):
@@ -71,3 +73,34 @@ def gather_topk(
         order == "score", _FUSE[fuse],
     )  # fmt: skip
     return Selected(tokens[0] if one else tuple(tokens), index, offsets)
+
+
+def score_attention(
+    query: Array,
+    key: Array,
+    *,
+    scale: float | None = None,
+    query_positions: Array | None = None,
+    causal: bool = False,
+    key_lengths: Array | None = None,
+    lse: Array | None = None,
+    columns: tuple[int, int] | None = None,
+    row_weights: Array | None = None,
+    heads: str = "mean",
+    reduce: str | Sequence[str] = ("sum",),
+    pool: int = 1,
+) -> Array | tuple[Array, Array]:
+    """Scores every key by the attention that it receives from the rows of `query`; see `tokenkernels.score_attention`."""
+    first, end, total, top = _check_score_attention(
+        query, key, scale, query_positions, causal, key_lengths, lse, columns, row_weights, heads, reduce, pool
+    )
+    outputs = _core.score_attention(
+        query, key, query.shape[3] ** -0.5 if scale is None else scale, causal, _plain(query_positions, np.int64),
+        _plain(key_lengths, np.int64), _plain(lse, np.float32), _plain(row_weights, np.float32), first, end, _HEADS[heads],
+        total, top, pool,
+    )  # fmt: skip
+    return (outputs[0], outputs[1]) if total and top else outputs
+
+
+def _plain(x: Array | None, dtype: Any) -> Array | None:
+    return None if x is None else np.ascontiguousarray(x, dtype)
