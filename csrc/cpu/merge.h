@@ -2,7 +2,7 @@
 // Internal to one object file, like simd.h.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/rows.h"
 
 namespace tk::TK_ISA {
 namespace {
@@ -79,8 +79,9 @@ TK_INLINE void weighted_sum(int64_t channels, const Visit& visit, const Finish& 
 }
 
 template <class T>
-TK_INLINE void copy_row(T* to, const T* from, int64_t channels) {
-  std::memcpy(to, from, sizeof(T) * static_cast<size_t>(channels));
+TK_INLINE void copy_token(T* to, const T* from, int64_t channels, bool streaming) {
+  const auto bytes = static_cast<int64_t>(sizeof(T)) * channels;
+  copy_row(reinterpret_cast<char*>(to), reinterpret_cast<const char*>(from), bytes, streaming);
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ struct Windows {
   int64_t length;    // P+N
   int64_t size;      // tokens of a window
   int64_t tasks;     // per image
+  bool streaming;    // the output may exceed the last-level cache
 };
 
 Windows windows_of(const MergeAdjacent& p) {
@@ -24,6 +25,7 @@ Windows windows_of(const MergeAdjacent& p) {
   w.length = p.prefix + w.tokens;
   w.size = p.window[0] * p.window[1] * p.window[2];
   w.tasks = w.steps[0] * w.steps[1];
+  w.streaming = p.batch * w.length * p.channels * size_of(p.dtype) > kStreamingBytes;
   return w;
 }
 
@@ -187,8 +189,8 @@ TK_INLINE float size_of_token(const MergeAdjacent& p, int64_t image, int64_t pos
 
 // Token `position` of an image passes through.
 template <class T>
-TK_INLINE void keep(const MergeAdjacent& p, int64_t image, int64_t position, int64_t row) {
-  copy_row(static_cast<T*>(p.tokens) + row * p.channels, token<T>(p, image, position), p.channels);
+TK_INLINE void keep(const MergeAdjacent& p, const Windows& w, int64_t image, int64_t position, int64_t row) {
+  copy_token(static_cast<T*>(p.tokens) + row * p.channels, token<T>(p, image, position), p.channels, w.streaming);
   p.merged_size[row] = size_of_token(p, image, position);
 }
 
@@ -214,7 +216,7 @@ void write(const MergeAdjacent& p, const Windows& w, int64_t image, int64_t step
   const int64_t* index = p.index + image * w.length;
   const int64_t base = p.packed ? 0 : p.offsets[image];
   if (step0 == 0 && step1 == 0) {
-    for (int64_t i = 0; i < p.prefix; ++i) keep<T>(p, image, i, base + index[i]);
+    for (int64_t i = 0; i < p.prefix; ++i) keep<T>(p, w, image, i, base + index[i]);
   }
   index += p.prefix;
   const bool windows = step0 < w.along[0] && step1 < w.along[1];
@@ -229,10 +231,10 @@ void write(const MergeAdjacent& p, const Windows& w, int64_t image, int64_t step
         const bool merged = index[first] == index[first + to_second];
         if (merged && top) merge_window<T>(p, image, first, base + index[first]);
         for (int64_t n = 0; n < p.window[2]; ++n, ++t) {
-          if (!merged) keep<T>(p, image, p.prefix + t, base + index[t]);
+          if (!merged) keep<T>(p, w, image, p.prefix + t, base + index[t]);
         }
       }
-      for (; t < end; ++t) keep<T>(p, image, p.prefix + t, base + index[t]);
+      for (; t < end; ++t) keep<T>(p, w, image, p.prefix + t, base + index[t]);
     }
   }
 }
@@ -246,6 +248,7 @@ void each_task(const MergeAdjacent& p, const Windows& w, const Pool& pool, int64
       const int64_t step = task % w.tasks;
       body(begin + task / w.tasks, step / w.steps[1], step % w.steps[1]);
     }
+    streaming_done();
   });
 }
 

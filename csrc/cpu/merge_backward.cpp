@@ -15,6 +15,7 @@ void scale_row(T* to, const T* from, float factor, int64_t channels) {
 // The tokens [begin, end) of the batch.
 template <class T>
 void share(const MergeBackward& p, int64_t begin, int64_t end) {
+  const bool streaming = p.batch * p.length * p.channels * size_of(p.dtype) > kStreamingBytes;
   for (int64_t t = begin; t < end; ++t) {
     const int64_t image = t / p.length, position = t % p.length, row = p.index[t];
     const T* from = static_cast<const T*>(p.grad) + image * p.batch_stride + row * p.token_stride;
@@ -22,11 +23,12 @@ void share(const MergeBackward& p, int64_t begin, int64_t end) {
     const float size = p.size == nullptr ? 1.0f : p.size[image * p.size_batch_stride + position * p.size_token_stride];
     const float total = p.merged_size[image * p.merged_batch_stride + row];
     if (size == total) {
-      copy_row(to, from, p.channels);
+      copy_token(to, from, p.channels, streaming);
     } else {
       scale_row(to, from, size / total, p.channels);
     }
   }
+  streaming_done();
 }
 
 }  // namespace

@@ -96,12 +96,12 @@ void number(const MergeRuns& p, int64_t begin, int64_t end, Progress& open) {
 
 // The run of `count` tokens that begins at `position`, into row `row` of the output.
 template <class T>
-void merge_run(const MergeRuns& p, int64_t image, int64_t position, int64_t count, int64_t row) {
+void merge_run(const MergeRuns& p, int64_t image, int64_t position, int64_t count, int64_t row, bool streaming) {
   T* to = static_cast<T*>(p.tokens) + row * p.channels;
   float total = 0.0f;
   for (int64_t i = position; i < position + count; ++i) total += size_of_token(p, image, i);
   p.merged_size[row] = total;
-  if (count == 1) return copy_row(to, token<T>(p, image, position), p.channels);
+  if (count == 1) return copy_token(to, token<T>(p, image, position), p.channels, streaming);
   weighted_sum<T>(
       p.channels,
       [&](const auto& add) {
@@ -113,13 +113,15 @@ void merge_run(const MergeRuns& p, int64_t image, int64_t position, int64_t coun
 // The runs that begin among the tokens [begin, end).
 template <class T>
 void write(const MergeRuns& p, int64_t begin, int64_t end) {
+  const bool streaming = p.batch * p.length * p.channels * size_of(p.dtype) > kStreamingBytes;
   each_token(p, begin, end, [&](int64_t image, int64_t position, int64_t t) {
     const int64_t row = p.index[t];
     if (position > 0 && p.index[t - 1] == row) return;
     int64_t count = 1;
     while (position + count < p.length && p.index[t + count] == row) ++count;
-    merge_run<T>(p, image, position, count, p.padded ? image * p.length + row : row);
+    merge_run<T>(p, image, position, count, p.padded ? image * p.length + row : row, streaming);
   });
+  streaming_done();
 }
 
 // Zeros behind the last run of every image.

@@ -21,8 +21,8 @@ def merge_adjacent(
     batch: Any,
     backend: str | None = None,
 ) -> tuple[list[int], list[int], list[int]]:
-    """Raises where an argument is off; returns grid and window as lists, and the counts: none, one for all, or one per image."""
-    floating(OP, "x", x, backend)
+    """Raises where an argument is off; returns grid and window as lists, and the counts: one for all, or one per image."""
+    known = floating(OP, "x", x, backend)
     rank(OP, "x", x, 3)
     integer(OP, "prefix", prefix, 0)
     grid, window = _extents("grid", grid), _extents("window", window)
@@ -39,7 +39,7 @@ def merge_adjacent(
     if x.shape[1] != tokens:
         fail(OP, "x", f"(B, P+N, C) with P+N = {tokens} for grid {tuple(grid)}", tuple(x.shape))
     if size is not None:
-        dtype(OP, "size", size, ("float32",))
+        dtype(OP, "size", size, ("float32", "float64") if known == "float64" else ("float32",))
         shape(OP, "size", size, x.shape[0], tokens)
         same_device(OP, "size", size, x, "x")
     choice(OP, "order", order, "raster", "similarity")
@@ -48,7 +48,7 @@ def merge_adjacent(
         fail(OP, "threshold, num_windows", "exactly one of the two", f"threshold={threshold}, num_windows={num_windows}")
     if num_windows is None:
         number(OP, "threshold", threshold)
-        return grid, window, []
+        return grid, window, [0]
     return grid, window, _counts(num_windows, x.shape[0], windows, batch)
 
 
@@ -75,4 +75,4 @@ def _counts(num_windows: Any, images: int, windows: int, batch: str) -> list[int
         fail(OP, "num_windows", f"an int, or {images} ints (one per image)", f"{len(num_windows)} ints")
     for count in num_windows:
         integer(OP, "num_windows", count, 0, windows)
-    return list(num_windows)
+    return list(num_windows) or [0]

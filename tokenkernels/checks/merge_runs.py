@@ -13,7 +13,7 @@ def merge_runs(
     x: Any, threshold: Any, max_run: Any, size: Any, prefix: Any, padded: Any, backend: str | None = None
 ) -> None:
     """Raises where an argument is off."""
-    floating(OP, "x", x, backend)
+    known = floating(OP, "x", x, backend)
     rank(OP, "x", x, 3)
     number(OP, "threshold", threshold)
     integer(OP, "max_run", max_run, 1)
@@ -23,6 +23,6 @@ def merge_runs(
     if not isinstance(padded, bool):
         fail(OP, "padded", "True, False", repr(padded), TypeError)
     if size is not None:
-        dtype(OP, "size", size, ("float32",))
+        dtype(OP, "size", size, ("float32", "float64") if known == "float64" else ("float32",))
         shape(OP, "size", size, x.shape[0], x.shape[1])
         same_device(OP, "size", size, x, "x")

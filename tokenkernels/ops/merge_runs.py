@@ -111,8 +111,8 @@ def _backward(run: Any, ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
 
 def _chain(t: Make, batch: int, length: int, channels: int) -> Tensor:
     """Tokens in runs of 1 … 6 around common directions: neighbours have cosines near 0.97 or near 0."""
-    run = t.randint(0, 3, (batch, length)).eq(0).cumsum(1)
-    centre = t.randn(batch, length, channels, dtype=torch.float32).gather(1, run.unsqueeze(2).expand(-1, -1, channels) - 1)
+    run = t.randint(0, 3, (batch, length)).eq(0).cumsum(1).clamp_max(length - 1)
+    centre = t.randn(batch, length, channels, dtype=torch.float32).gather(1, run.unsqueeze(2).expand(-1, -1, channels))
     return (centre + 0.15 * t.randn(batch, length, channels, dtype=torch.float32)).to(t.dtype)
 
 
@@ -161,7 +161,7 @@ OP = Op(
         Case("none-merge", _simple(2, 33, 40, threshold=1.1)),
         Case("one-token", _simple(3, 1, 5)),
         Case("all-prefix", _simple(2, 4, 5, prefix=4)),
-        Case("zeros-nan-flip", _hard),
+        Case("zeros-nan-flip", _hard, ("test", "no-gradcheck")),
         Case("strided", _strided),
         Case("vit 64x197x768", _simple(64, 197, 768, prefix=1), ("bench",)),
         Case("speech 8x1500x512", _simple(8, 1500, 512), ("bench",)),
