@@ -161,7 +161,7 @@ void merge_batch(const MergeRuns& p, const Pool& pool) {
 int64_t merge_runs_scratch(const MergeRuns&, int) { return 0; }
 
 Status merge_runs(const MergeRuns& p, const Pool& pool) {
-  p.offsets[0] = 0;
+  for (int64_t image = 0; image <= p.batch; ++image) p.offsets[image] = 0;
   dispatch(p.dtype, [&](auto zero) { merge_batch<decltype(zero)>(p, pool); });
   return Status::kOk;
 }

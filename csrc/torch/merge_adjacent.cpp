@@ -33,10 +33,10 @@ MergeAdjacent params_of(const Tensor& x, const std::vector<int64_t>& grid, const
 }
 
 // Rows that the output has, or at most has where a threshold decides.
-int64_t rows_at_most(const MergeAdjacent& p, int64_t length) {
+int64_t rows_at_most(const MergeAdjacent& p, int64_t length, int64_t members) {
   int64_t saved = 0;
   for (int64_t image = 0; p.counts != nullptr && image < p.batch; ++image) saved += p.counts[image * p.counts_stride];
-  return p.batch * length - saved * (p.window[0] * p.window[1] * p.window[2] - 1);
+  return p.batch * length - saved * (members - 1);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> merge_adjacent_cpu(Tensor x, std::vector<int64_t> grid, std::vector<int64_t> window,
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_adjacent_cpu(Tensor x, std::vec
   const char* op = "merge_adjacent";
   x = rows_contiguous(x);
   MergeAdjacent p = params_of(x, grid, window, prefix);
-  const int64_t length = x.size(1);
+  const int64_t length = x.size(1), members = p.window[0] * p.window[1] * p.window[2];
   set_size(size, p.batch, length, op, p);
   if (!threshold) {
     check(counts.size() == 1 || static_cast<int64_t>(counts.size()) == p.batch, op, "num_windows: allowed one int or one per image");
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_adjacent_cpu(Tensor x, std::vec
   p.uniform = dense && threshold;
   p.by_similarity = order == "similarity";
   p.packed = !dense;
-  const int64_t at_most = rows_at_most(p, length);
+  const int64_t at_most = rows_at_most(p, length, members);
   Tensor tokens = empty({at_most, p.channels}, x.scalar_type()), sizes = empty({at_most}, ScalarType::Float);
   Tensor index = empty({p.batch, length}, ScalarType::Long), offsets = empty({p.batch + 1}, ScalarType::Long);
   p.tokens = tokens.data_ptr();
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_adjacent_cpu(Tensor x, std::vec
   tokens = head(tokens, rows);
   sizes = head(sizes, rows);
   if (dense) {
-    const int64_t each = p.batch > 0 ? rows / p.batch : threshold ? 0 : length - counts[0] * (p.window[0] * p.window[1] * p.window[2] - 1);
+    const int64_t each = p.batch > 0 ? rows / p.batch : length - (threshold ? 0 : counts[0] * (members - 1));
     tokens = torch::stable::view(tokens, {p.batch, each, p.channels});
     sizes = torch::stable::view(sizes, {p.batch, each});
   }

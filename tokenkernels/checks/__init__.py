@@ -76,6 +76,8 @@ def integer(op: str, name: str, value: Any, low: int, high: int | None = None) -
 
 def number(op: str, name: str, value: Any) -> None:
     """value is a plain number."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or hasattr(value, "ndim"):
         fail(op, name, "a number", _describe(value), TypeError)
 

@@ -99,17 +99,12 @@ def _similarity(tokens: Tensor, windows: Tensor) -> Tensor:
     return (members.sum(2).square().sum(2) - members.square().sum((2, 3))) / (n * (n - 1))
 
 
-def _ranks(similarity: Tensor, threshold: float | None, counts: list[int], dense: bool) -> tuple[Tensor, Tensor]:
-    """The place of every window by descending similarity, and how many of them merge in each image."""
-    batch = similarity.shape[0]
+def _ranks(similarity: Tensor, threshold: float | None, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """The place of every window by descending similarity, and how many of them should merge in each image."""
     place = similarity.nan_to_num(nan=-torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    if threshold is None:
-        merging = place.new_tensor(counts if len(counts) == batch else counts * batch)
-    else:
-        merging = (similarity >= threshold).sum(1)
-        if dense and batch:
-            merging = merging.min().expand(batch)
-    return place, merging
+    if threshold is not None:
+        return place, (similarity >= threshold).sum(1)
+    return place, torch.tensor(counts, device=place.device).expand(len(place))
 
 
 def _rows(place: Tensor, merges: Tensor, windows: Tensor, tokens: int, order: str) -> Tensor:
@@ -128,8 +123,9 @@ def _rows(place: Tensor, merges: Tensor, windows: Tensor, tokens: int, order: st
 
 
 def _merge(
-    x: Tensor, windows: Tensor, place: Tensor, merging: Tensor, dense: bool, size: Tensor | None, prefix: int, order: str
+    x: Tensor, windows: Tensor, place: Tensor, merging: Tensor, each: int | None, size: Tensor | None, prefix: int, order: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Merges the `merging` first windows of every image; `each` is that number where it is the same for all and the output dense."""
     batch, length, channels = x.shape
     rows = _rows(place, place < merging[:, None], windows, length - prefix, order)
     front = torch.arange(prefix, device=x.device).expand(batch, prefix)
@@ -138,10 +134,10 @@ def _merge(
     offsets = torch.cat([kept.new_zeros(1), kept.cumsum(0)])
     packed = index + offsets[:-1, None]
     tokens, total = average(x, size, packed, int(offsets[-1]))
-    if not dense:
+    if each is None:
         return tokens, total, packed, offsets
-    kept_rows = int(kept[0]) if batch else 0
-    return tokens.reshape(batch, kept_rows, channels), total.reshape(batch, kept_rows), index, offsets
+    left = length - each * (windows.shape[1] - 1)
+    return tokens.reshape(batch, left, channels), total.reshape(batch, left), index, offsets
 
 
 def _reference(
@@ -150,8 +146,12 @@ def _reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     windows = _windows(grid, window, x.device)
     similarity = _similarity(x[:, prefix:].to(torch.promote_types(x.dtype, torch.float32)), windows)
-    place, merging = _ranks(similarity, threshold, counts, dense)
-    return _merge(x, windows, place, merging, dense, size, prefix, order)
+    place, merging = _ranks(similarity, threshold, counts)
+    each = None
+    if dense:
+        each = counts[0] if threshold is None else min(merging.tolist(), default=0)
+        merging = torch.full_like(merging, each)
+    return _merge(x, windows, place, merging, each, size, prefix, order)
 
 
 def _fake(
@@ -189,7 +189,6 @@ def _decided(got: list[Tensor], kwargs: dict[str, Any], dtype: torch.dtype) -> l
     """What the reference makes of the decisions in `got`, once they are seen to be right within rounding."""
     x, grid, window = kwargs["x"].to(dtype), list(kwargs["grid"]), list(kwargs["window"])
     prefix, order = kwargs.get("prefix", 0), kwargs.get("order", "raster")
-    dense = got[0].ndim == 3
     windows = _windows(grid, window, x.device)
     exact = _similarity(x[:, prefix:].double(), windows)
     member_rows = got[2][:, prefix:][:, windows]
@@ -207,7 +206,8 @@ def _decided(got: list[Tensor], kwargs: dict[str, Any], dtype: torch.dtype) -> l
         ordered = exact.nan_to_num(nan=-2).gather(1, place.argsort(dim=1))
         inside = torch.arange(1, ordered.shape[1], device=x.device) < merging[:, None]
         assert ((ordered.diff(dim=1) <= tolerance) | ~inside).all(), "merged windows are not in order"
-    return list(_merge(x, windows, place, merging, dense, kwargs.get("size"), prefix, order))
+    each = int(merging[0]) if got[0].ndim == 3 else None
+    return list(_merge(x, windows, place, merging, each, kwargs.get("size"), prefix, order))
 
 
 def _alike(t: Make, batch: int, grid: Sequence[int], window: Sequence[int], channels: int, prefix: int = 0) -> Tensor:
