@@ -177,6 +177,8 @@ def test_memory_that_arrives_poisoned_does_not_show(op: Op, case: Case, backend:
 @pytest.mark.parametrize("backend", ["reference", *MAIN])
 def test_registration(op: Op, case: Case, backend: str) -> None:
     """opcheck of every schema op that a call reaches, with gradients asked for where there are any."""
+    if "nan" in case.tags:
+        pytest.skip("opcheck takes NaN for a difference")
     kwargs = arguments(op, case)
     for name in op.differentiable:
         for tensor in tensors_in(kwargs.get(name)):

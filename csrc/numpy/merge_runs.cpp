@@ -9,32 +9,19 @@ py::tuple merge_runs_numpy(const array& input, float threshold, int64_t max_run,
                            bool padded) {
   const array x = rows_contiguous(input);
   MergeRuns p{};
-  p.x = x.data();
-  p.dtype = dtype_of(x, "merge_runs");
-  p.batch = x.shape(0);
+  set_inputs(x, size, "merge_runs", p);
   p.length = x.shape(1);
-  p.channels = x.shape(2);
-  p.batch_stride = stride_of(x, 0);
-  p.token_stride = stride_of(x, 1);
-  set_size(size, p);
   p.threshold = threshold;
   p.max_run = max_run;
   p.prefix = prefix;
   p.padded = padded;
-  array tokens = empty({p.batch * p.length, p.channels}, x.dtype());
-  array sizes = empty({p.batch * p.length}, py::dtype::of<float>());
-  array index = empty({p.batch, p.length}, py::dtype::of<int64_t>());
-  array offsets = empty({p.batch + 1}, py::dtype::of<int64_t>());
-  p.tokens = tokens.mutable_data();
-  p.merged_size = static_cast<float*>(sizes.mutable_data());
-  p.index = static_cast<int64_t*>(index.mutable_data());
-  p.offsets = static_cast<int64_t*>(offsets.mutable_data());
+  const Merged merged(p.batch * p.length, p.length, x.dtype(), p);
   const Pool threads = pool();
   {
     const py::gil_scoped_release release;
     merge_runs(p, threads);
   }
-  return py::make_tuple(tokens, sizes, index, offsets);
+  return padded ? merged.dense(p.batch, p.length, p.channels) : merged.head(p.offsets[p.batch]);
 }
 
 }  // namespace

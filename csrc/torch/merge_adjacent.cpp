@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_adjacent_cpu(Tensor x, std::vec
   p.index = static_cast<int64_t*>(index.data_ptr());
   p.offsets = static_cast<int64_t*>(offsets.data_ptr());
   const Pool threads = pool();
-  const Scratch scratch(merge_adjacent_scratch(p, threads.threads));
+  Scratch scratch(merge_adjacent_scratch(p, threads.threads));
   p.scratch = scratch.data();
   check(merge_adjacent(p, threads), op, "num_windows: allowed 0 … windows");
   const int64_t rows = p.offsets[p.batch];

@@ -262,6 +262,7 @@ def _cost(kwargs: dict[str, Any]) -> tuple[float, float]:
 
 
 COUPLED = ("test", "coupled")
+HARD = ("test", "no-gradcheck", "nan")
 
 CASES = [
     Case("image", _simple(3, (8, 8), (2, 2), 19, threshold=0.6)),
@@ -280,9 +281,9 @@ CASES = [
     Case("num-windows-none", _simple(2, (4, 4), (2, 2), 6, num_windows=0)),
     Case("num-windows-each", _simple(3, (8, 8), (2, 2), 9, num_windows=[3, 0, 16], prefix=1)),
     Case("num-windows-each-similarity", _simple(2, (8, 8), (2, 2), 9, num_windows=[5, 9], order="similarity")),
-    Case("hard-threshold", _hard(threshold=0.0), ("test", "no-gradcheck")),
-    Case("hard-ranked", _hard(num_windows=7, order="similarity"), ("test", "no-gradcheck")),
-    Case("hard-all", _hard(num_windows=9), ("test", "no-gradcheck")),
+    Case("hard-threshold", _hard(threshold=0.0), HARD),
+    Case("hard-ranked", _hard(num_windows=7, order="similarity"), HARD),
+    Case("hard-all", _hard(num_windows=9), HARD),
     Case("strided", _strided),
     Case("mustdrop 8x24x24x1024 3x3", _simple(8, (24, 24), (3, 3), 1024, threshold=0.8), ("bench",)),
     Case(
