@@ -14,11 +14,47 @@ constexpr int64_t kStretchBytes = int64_t{2} << 20;
 // A range of work smaller than this is not worth another thread.
 constexpr int64_t kGrainBytes = int64_t{1} << 16;
 
-constexpr int kBlock = 4;  // vectors of channels that are summed over all tokens of a window before the next ones
-
 constexpr float kSmallestNorm = 1e-8f;
 
 TK_INLINE float square_root(float value) { return __builtin_sqrtf(value); }
+
+// 2·kLanes consecutive elements, in an order that is no business of anyone who sums over all of them or stores them as a pair again:
+// bfloat16 come as even and odd ones, which costs half of widening them in order.
+struct Pair {
+  Floats a, b;
+};
+
+constexpr int kPair = 2 * kLanes;
+
+template <class T>
+TK_INLINE Pair load_pair(const T* from) {
+  return {load(from), load(from + kLanes)};
+}
+
+template <class T>
+TK_INLINE void store_pair(T* to, Pair value) {
+  store(to, value.a);
+  store(to + kLanes, value.b);
+}
+
+constexpr int32_t kHigh = -65536;  // the upper half of 32 bits
+
+TK_INLINE Pair load_pair(const BFloat16* from) {
+  Ints both;
+  std::memcpy(&both, from, sizeof both);
+  return {reinterpret_cast<Floats>(both << 16), reinterpret_cast<Floats>(both & kHigh)};
+}
+
+// Bits rounded to their upper half, to nearest even; a NaN stays a NaN.
+TK_INLINE Ints round_high(Floats value) {
+  const Ints bits = reinterpret_cast<Ints>(value);
+  return value == value ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
+}
+
+TK_INLINE void store_pair(BFloat16* to, Pair value) {
+  const Ints both = (round_high(value.a) >> 16 & 0xffff) | (round_high(value.b) & kHigh);
+  std::memcpy(to, &both, sizeof both);
+}
 
 // The first `count` elements, mostly all of them: the partial load of a narrow instruction set goes through memory.
 template <class T>
@@ -32,50 +68,71 @@ TK_INLINE void store_some(T* to, Floats value, int count) {
   store(to, value, count);
 }
 
+TK_INLINE int lanes_left(int64_t channels, int64_t c) { return static_cast<int>(smaller<int64_t>(kLanes, channels - c)); }
+
 // ‖row‖², in one order that depends on the number of channels alone.
 template <class T>
 TK_INLINE float sum_of_squares(const T* row, int64_t channels) {
-  Floats sums[4] = {};
+  Floats s0{}, s1{}, s2{}, s3{};
   int64_t c = 0;
-  for (; c + 4 * kLanes <= channels; c += 4 * kLanes) {
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) {
-      const Floats value = load(row + c + v * kLanes);
-      sums[v] += value * value;
-    }
+  for (; c + 2 * kPair <= channels; c += 2 * kPair) {
+    const Pair x = load_pair(row + c), y = load_pair(row + c + kPair);
+    s0 += x.a * x.a;
+    s1 += x.b * x.b;
+    s2 += y.a * y.a;
+    s3 += y.b * y.b;
   }
   for (; c < channels; c += kLanes) {
-    const Floats value = load_some(row + c, static_cast<int>(smaller<int64_t>(kLanes, channels - c)));
-    sums[0] += value * value;
+    const Floats value = load_some(row + c, lanes_left(channels, c));
+    s0 += value * value;
   }
-  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return sum((s0 + s1) + (s2 + s3));
 }
 
-// Calls finish(channel, vector, count) with Σ weight · row over the tokens that `visit` enumerates as (row, weight),
-// for all channels, kLanes or fewer at a time.
-template <class T, class Visit, class Finish>
-TK_INLINE void weighted_sum(int64_t channels, const Visit& visit, const Finish& finish) {
+TK_INLINE void add_pair(Pair& sum, Pair value, Floats weight) {
+  sum.a += value.a * weight;
+  sum.b += value.b * weight;
+}
+
+// Calls pairs(channel, pair) and then rest(channel, vector, count) with Σ weight · row over the tokens that `visit` enumerates as
+// (row, weight), for all channels. Many channels of all tokens at a time, so that the sums stay in registers.
+template <class T, class Visit, class Pairs, class Rest>
+TK_INLINE void weighted_sum(int64_t channels, const Visit& visit, const Pairs& pairs, const Rest& rest) {
   int64_t c = 0;
-  for (; c + kBlock * kLanes <= channels; c += kBlock * kLanes) {
-    Floats s0{}, s1{}, s2{}, s3{};
+  for (; c + 4 * kPair <= channels; c += 4 * kPair) {
+    Pair s0{}, s1{}, s2{}, s3{};
     visit([&](const T* row, float weight) {
       const Floats w = splat(weight);
-      s0 += load(row + c) * w;
-      s1 += load(row + c + kLanes) * w;
-      s2 += load(row + c + 2 * kLanes) * w;
-      s3 += load(row + c + 3 * kLanes) * w;
+      add_pair(s0, load_pair(row + c), w);
+      add_pair(s1, load_pair(row + c + kPair), w);
+      add_pair(s2, load_pair(row + c + 2 * kPair), w);
+      add_pair(s3, load_pair(row + c + 3 * kPair), w);
     });
-    finish(c, s0, kLanes);
-    finish(c + kLanes, s1, kLanes);
-    finish(c + 2 * kLanes, s2, kLanes);
-    finish(c + 3 * kLanes, s3, kLanes);
+    pairs(c, s0);
+    pairs(c + kPair, s1);
+    pairs(c + 2 * kPair, s2);
+    pairs(c + 3 * kPair, s3);
+  }
+  for (; c + kPair <= channels; c += kPair) {
+    Pair s{};
+    visit([&](const T* row, float weight) { add_pair(s, load_pair(row + c), splat(weight)); });
+    pairs(c, s);
   }
   for (; c < channels; c += kLanes) {
-    const int count = static_cast<int>(smaller<int64_t>(kLanes, channels - c));
+    const int count = lanes_left(channels, c);
     Floats s{};
     visit([&](const T* row, float weight) { s += load_some(row + c, count) * splat(weight); });
-    finish(c, s, count);
+    rest(c, s, count);
   }
+}
+
+// The mean Σ weight · row / total, into `to`.
+template <class T, class Visit>
+TK_INLINE void weighted_mean(T* to, float total, int64_t channels, const Visit& visit) {
+  const Floats all = splat(total);
+  weighted_sum<T>(
+      channels, visit, [&](int64_t c, Pair s) { store_pair(to + c, {s.a / all, s.b / all}); },
+      [&](int64_t c, Floats s, int count) { store_some(to + c, s / all, count); });
 }
 
 template <class T>

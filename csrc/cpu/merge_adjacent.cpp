@@ -83,7 +83,7 @@ float squared_sum(const MergeAdjacent& p, int64_t image, int64_t first, const fl
       [&](const auto& add) {
         each_token(p, first, [&](int64_t t) { add(token<T>(p, image, p.prefix + t), inverse_norm[t]); });
       },
-      [&](int64_t, Floats value, int) { squares += value * value; });
+      [&](int64_t, Pair s) { squares += s.a * s.a + s.b * s.b; }, [&](int64_t, Floats s, int) { squares += s * s; });
   return sum(squares);
 }
 
@@ -198,15 +198,11 @@ template <class T>
 void merge_window(const MergeAdjacent& p, int64_t image, int64_t first, int64_t row) {
   float total = 0.0f;
   each_token(p, first, [&](int64_t t) { total += size_of_token(p, image, p.prefix + t); });
-  T* to = static_cast<T*>(p.tokens) + row * p.channels;
-  weighted_sum<T>(
-      p.channels,
-      [&](const auto& add) {
-        each_token(p, first, [&](int64_t t) {
-          add(token<T>(p, image, p.prefix + t), size_of_token(p, image, p.prefix + t));
-        });
-      },
-      [&](int64_t c, Floats value, int count) { store_some(to + c, value / splat(total), count); });
+  weighted_mean(static_cast<T*>(p.tokens) + row * p.channels, total, p.channels, [&](const auto& add) {
+    each_token(p, first, [&](int64_t t) {
+      add(token<T>(p, image, p.prefix + t), size_of_token(p, image, p.prefix + t));
+    });
+  });
   p.merged_size[row] = total;
 }
 

@@ -6,9 +6,14 @@ namespace {
 
 template <class T>
 void scale_row(T* to, const T* from, float factor, int64_t channels) {
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    const int count = static_cast<int>(smaller<int64_t>(kLanes, channels - c));
-    store_some(to + c, load_some(from + c, count) * splat(factor), count);
+  int64_t c = 0;
+  for (; c + kPair <= channels; c += kPair) {
+    const Pair value = load_pair(from + c);
+    store_pair(to + c, {value.a * factor, value.b * factor});
+  }
+  for (; c < channels; c += kLanes) {
+    const int count = lanes_left(channels, c);
+    store_some(to + c, load_some(from + c, count) * factor, count);
   }
 }
 

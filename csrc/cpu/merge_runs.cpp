@@ -26,49 +26,79 @@ TK_INLINE void each_token(const MergeRuns& p, int64_t begin, int64_t end, const 
   }
 }
 
+// What kTokens consecutive rows have with the row before each.
+template <int kTokens>
 struct Likeness {
-  float dot;     // ⟨row, before⟩
-  float square;  // ‖row‖²
+  float dot[kTokens];     // ⟨row, row before⟩
+  float square[kTokens];  // ‖row‖²
 };
 
-template <class T>
-TK_INLINE Likeness compare(const T* row, const T* before, int64_t channels) {
-  Floats dots[4] = {}, squares[4] = {};
+// The sums of a row are added in one order, whatever its place among the rows. Several rows at once look like no stream to the
+// processor, so those `ahead` elements further on are asked for in good time.
+template <int kTokens, class T>
+TK_INLINE Likeness<kTokens> compare(const T* const (&rows)[kTokens + 1], int64_t channels, int64_t ahead) {
+  Floats dots[kTokens] = {}, squares[kTokens] = {};
   int64_t c = 0;
-  for (; c + 4 * kLanes <= channels; c += 4 * kLanes) {
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) {
-      const Floats value = load(row + c + v * kLanes);
-      dots[v] += value * load(before + c + v * kLanes);
-      squares[v] += value * value;
+  for (; c + kPair <= channels; c += kPair) {
+    Pair before = load_pair(rows[0] + c);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTokens; ++i) {
+      const Pair value = load_pair(rows[i + 1] + c);
+      __builtin_prefetch(rows[i + 1] + c + ahead, 0, 2);
+      dots[i] += value.a * before.a;
+      dots[i] += value.b * before.b;
+      squares[i] += value.a * value.a;
+      squares[i] += value.b * value.b;
+      before = value;
     }
   }
   for (; c < channels; c += kLanes) {
-    const int count = static_cast<int>(smaller<int64_t>(kLanes, channels - c));
-    const Floats value = load_some(row + c, count);
-    dots[0] += value * load_some(before + c, count);
-    squares[0] += value * value;
+    const int count = lanes_left(channels, c);
+    for (int i = 0; i < kTokens; ++i) {
+      const Floats value = load_some(rows[i + 1] + c, count);
+      dots[i] += value * load_some(rows[i] + c, count);
+      squares[i] += value * value;
+    }
   }
-  return {sum((dots[0] + dots[1]) + (dots[2] + dots[3])), sum((squares[0] + squares[1]) + (squares[2] + squares[3]))};
+  Likeness<kTokens> like;
+  for (int i = 0; i < kTokens; ++i) {
+    like.dot[i] = sum(dots[i]);
+    like.square[i] = sum(squares[i]);
+  }
+  return like;
+}
+
+TK_INLINE float norm_of(float square) { return larger(square_root(square), kSmallestNorm); }
+
+// Says of kTokens tokens from `position` on whether they are like their predecessors, given the norm of the first one's.
+template <int kTokens, class T>
+TK_INLINE void measure_some(const MergeRuns& p, int64_t image, int64_t position, int64_t* alike, float& norm_before) {
+  const T* rows[kTokens + 1];
+  for (int i = 0; i <= kTokens; ++i) rows[i] = token<T>(p, image, position - 1 + i);
+  const Likeness<kTokens> like = compare<kTokens>(rows, p.channels, kTokens * p.token_stride);
+  for (int i = 0; i < kTokens; ++i) {
+    const float norm = norm_of(like.square[i]);
+    alike[i] = like.dot[i] / (norm * norm_before) >= p.threshold;
+    norm_before = norm;
+  }
 }
 
 // index[t] becomes 1 where token t is like its predecessor, else 0; a prefix token and the one behind it are like nobody.
 template <class T>
 void measure(const MergeRuns& p, int64_t begin, int64_t end) {
-  float norm_before = -1.0f;  // not known
-  each_token(p, begin, end, [&](int64_t image, int64_t position, int64_t t) {
-    p.index[t] = 0;
+  constexpr int kGroup = 4;
+  for (int64_t t = begin; t < end;) {
+    const int64_t image = t / p.length, position = t % p.length;
     if (position <= p.prefix) {
-      norm_before = -1.0f;
-      return;
+      p.index[t++] = 0;
+      continue;
     }
     const T* before = token<T>(p, image, position - 1);
-    if (norm_before < 0.0f) norm_before = larger(square_root(sum_of_squares(before, p.channels)), kSmallestNorm);
-    const Likeness like = compare(token<T>(p, image, position), before, p.channels);
-    const float norm = larger(square_root(like.square), kSmallestNorm);
-    p.index[t] = like.dot / (norm * norm_before) >= p.threshold;
-    norm_before = norm;
-  });
+    float norm = norm_of(compare<1>({before, before}, p.channels, p.token_stride).square[0]);
+    const int64_t last = smaller(end, t - position + p.length);
+    for (; t + kGroup <= last; t += kGroup) measure_some<kGroup, T>(p, image, t - image * p.length, p.index + t, norm);
+    for (; t < last; ++t) measure_some<1, T>(p, image, t - image * p.length, p.index + t, norm);
+  }
 }
 
 // Where the numbering of the runs stands.
@@ -102,12 +132,9 @@ void merge_run(const MergeRuns& p, int64_t image, int64_t position, int64_t coun
   for (int64_t i = position; i < position + count; ++i) total += size_of_token(p, image, i);
   p.merged_size[row] = total;
   if (count == 1) return copy_token(to, token<T>(p, image, position), p.channels, streaming);
-  weighted_sum<T>(
-      p.channels,
-      [&](const auto& add) {
-        for (int64_t i = position; i < position + count; ++i) add(token<T>(p, image, i), size_of_token(p, image, i));
-      },
-      [&](int64_t c, Floats value, int lanes) { store_some(to + c, value / splat(total), lanes); });
+  weighted_mean(to, total, p.channels, [&](const auto& add) {
+    for (int64_t i = position; i < position + count; ++i) add(token<T>(p, image, i), size_of_token(p, image, i));
+  });
 }
 
 // The runs that begin among the tokens [begin, end).
