@@ -126,12 +126,28 @@ TK_INLINE void weighted_sum(int64_t channels, const Visit& visit, const Pairs& p
   }
 }
 
+// Whole cache lines, aligned, past the cache.
+template <class T>
+TK_INLINE void stream_pair(T* to, Pair value) {
+  T lines[kPair];
+  store_pair(lines, value);
+  for (int i = 0; i < kPair; i += static_cast<int>(64 / sizeof(T))) {
+    stream_line(reinterpret_cast<char*>(to + i), reinterpret_cast<const char*>(lines + i));
+  }
+}
+
 // The mean Σ weight · row / total, into `to`.
 template <class T, class Visit>
-TK_INLINE void weighted_mean(T* to, float total, int64_t channels, const Visit& visit) {
+TK_INLINE void weighted_mean(T* to, float total, int64_t channels, bool streaming, const Visit& visit) {
   const Floats all = splat(total);
+  const bool lines = streaming && kPair * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
   weighted_sum<T>(
-      channels, visit, [&](int64_t c, Pair s) { store_pair(to + c, {s.a / all, s.b / all}); },
+      channels, visit,
+      [&](int64_t c, Pair s) {
+        const Pair mean{s.a / all, s.b / all};
+        if (lines) return stream_pair(to + c, mean);
+        store_pair(to + c, mean);
+      },
       [&](int64_t c, Floats s, int count) { store_some(to + c, s / all, count); });
 }
 

@@ -195,10 +195,10 @@ TK_INLINE void keep(const MergeAdjacent& p, const Windows& w, int64_t image, int
 }
 
 template <class T>
-void merge_window(const MergeAdjacent& p, int64_t image, int64_t first, int64_t row) {
+void merge_window(const MergeAdjacent& p, const Windows& w, int64_t image, int64_t first, int64_t row) {
   float total = 0.0f;
   each_token(p, first, [&](int64_t t) { total += size_of_token(p, image, p.prefix + t); });
-  weighted_mean(static_cast<T*>(p.tokens) + row * p.channels, total, p.channels, [&](const auto& add) {
+  weighted_mean(static_cast<T*>(p.tokens) + row * p.channels, total, p.channels, w.streaming, [&](const auto& add) {
     each_token(p, first, [&](int64_t t) {
       add(token<T>(p, image, p.prefix + t), size_of_token(p, image, p.prefix + t));
     });
@@ -225,7 +225,7 @@ void write(const MergeAdjacent& p, const Windows& w, int64_t image, int64_t step
       for (int64_t k = 0; windows && k < w.along[2]; ++k) {
         const int64_t first = (step0 * p.window[0] * p.grid[1] + step1 * p.window[1]) * p.grid[2] + k * p.window[2];
         const bool merged = index[first] == index[first + to_second];
-        if (merged && top) merge_window<T>(p, image, first, base + index[first]);
+        if (merged && top) merge_window<T>(p, w, image, first, base + index[first]);
         for (int64_t n = 0; n < p.window[2]; ++n, ++t) {
           if (!merged) keep<T>(p, w, image, p.prefix + t, base + index[t]);
         }

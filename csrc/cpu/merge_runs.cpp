@@ -132,7 +132,7 @@ void merge_run(const MergeRuns& p, int64_t image, int64_t position, int64_t coun
   for (int64_t i = position; i < position + count; ++i) total += size_of_token(p, image, i);
   p.merged_size[row] = total;
   if (count == 1) return copy_token(to, token<T>(p, image, position), p.channels, streaming);
-  weighted_mean(to, total, p.channels, [&](const auto& add) {
+  weighted_mean(to, total, p.channels, streaming, [&](const auto& add) {
     for (int64_t i = position; i < position + count; ++i) add(token<T>(p, image, i), size_of_token(p, image, i));
   });
 }
