@@ -96,9 +96,8 @@ ROOMS = [
         {
             r"<<<": "a launch: launch.cuh wraps it",
             r"\basm\b": "assembly: launch.cuh wraps it",
-            r"__shared__|__sync\w+|__shfl\w*|\batomic\w+\(|\b(thread|block)(Idx|Dim)\b|\bgridDim\b": (
-                "what only launch.cuh may name"
-            ),
+            r"__shared__|__sync\w+|__shfl\w*|\batomic\w+\(": "what launch.cuh wraps",
+            r"\b(thread|block)(Idx|Dim)\b|\bgridDim\b": "a coordinate: launch.cuh knows them",
             r"\bprintf\b|\bassert\b": "printf or assert",
         },
     ),
@@ -157,9 +156,14 @@ def check(files: list[Path], allowed: str, top_level: bool = False) -> None:
 
 
 def test_ops_import_torch_and_the_registry() -> None:
-    """And their own checks, and helpers that a family shares: never another op, Triton or NumPy."""
-    own = r"tokenkernels\.(_op|_case|checks)\..*|tokenkernels\.ops\._\w+\..*"
+    """And their checks, cases, helpers that a family shares: never another op, Triton or NumPy."""
+    own = r"tokenkernels\.(_op|_case|cases|checks)\..*|tokenkernels\.ops\._\w+\..*"
     check(room("tokenkernels/ops/*.py"), rf"torch(\..*)?|{own}")
+
+
+def test_cases_import_torch_and_what_draws_inputs() -> None:
+    own = r"tokenkernels\._case\..*|tokenkernels\.cases\._\w+\..*"
+    check(room("tokenkernels/cases/*.py"), rf"torch(\..*)?|{own}")
 
 
 def test_checks_import_no_framework() -> None:
@@ -212,7 +216,11 @@ def test_one_file_reads_the_environment() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["tests/test_ops.py", "bench/bench_ops.py", "bench/contenders.py", "bench/__main__.py"]
+    "path",
+    [
+        *("tests/test_ops.py", "tests/test_ops_torch.py", "tests/trial.py", "tests/conftest.py"),
+        *("bench/bench_ops.py", "bench/contenders.py", "bench/__main__.py"),
+    ],
 )
 def test_whoever_serves_all_ops_names_none(path: str) -> None:
     text = (ROOT / path).read_text()
@@ -251,13 +259,12 @@ def test_nothing_is_said_that_does_not_belong() -> None:
             assert not found, f"{name(path)} has {found and found[0]!r}: {why}"
 
 
-def test_one_op_has_one_name_in_every_room() -> None:
-    """A public function stands in the file of its name; so do its checks, its kernels, its peers."""
+@pytest.mark.parametrize("folder", ["tokenkernels/cases", "tokenkernels/checks", "bench/peers"])
+def test_one_op_has_one_name_in_every_room(folder: str) -> None:
+    """A file of ops/ that holds the public function of its name has its like in other rooms."""
     for op in OPS.values():
-        if op.function is None:
-            continue
-        for place in ("tokenkernels/ops/{}.py", "tokenkernels/checks/{}.py", "bench/peers/{}.py"):
-            assert (ROOT / place.format(op.name)).exists(), place.format(op.name)
+        if (ROOT / "tokenkernels" / "ops" / f"{op.name}.py").exists() and op.function is not None:
+            assert (ROOT / folder / f"{op.name}.py").exists(), f"{folder}/{op.name}.py"
 
 
 @pytest.mark.parametrize("function", tokenkernels.__all__)

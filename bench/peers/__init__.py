@@ -41,7 +41,10 @@ def peers_of(op_name: str) -> dict[str, Peer]:
     """
     if importlib.util.find_spec(f"{__name__}.{op_name}") is None:
         return {}
-    listed = importlib.import_module(f"{__name__}.{op_name}").PEERS
+    try:
+        listed = importlib.import_module(f"{__name__}.{op_name}").PEERS
+    except ImportError as error:
+        return {f"peers of {op_name}": Peer(_raising(error))}
     found: dict[str, Peer] = {}
     for name, entry in listed.items():
         peer = entry if isinstance(entry, Peer) else Peer(entry)
@@ -49,3 +52,12 @@ def peers_of(op_name: str) -> dict[str, Peer]:
         if peer.compiled:
             found[name + COMPILED] = peer
     return found
+
+
+def _raising(error: ImportError) -> Callable[..., Any]:
+    """A library that is not there fails like any other peer: in its own line, with the reason."""
+
+    def fail(**kwargs: Any) -> Any:
+        raise error
+
+    return fail
