@@ -97,20 +97,35 @@ def merge_adjacent(
     batch: str = "ragged",
 ) -> Merged:
     """Merges the windows of a grid whose tokens are alike; see `tokenkernels.merge_adjacent`."""
-    grid, window, counts = _check_merge_adjacent(x, grid, window, threshold, num_windows, size, prefix, order, batch)
+    grid, window, counts = _check_merge_adjacent(
+        x, grid, window, threshold, num_windows, size, prefix, order, batch
+    )
     dense = batch == "uniform" or (num_windows is not None and not hasattr(num_windows, "__len__"))
     bar = 0.0 if threshold is None else threshold
     by_similarity = order == "similarity"
     return Merged(
         *_core.merge_adjacent(
-            x, _three(grid), _three(window), threshold is not None, bar, counts, dense, size, prefix, by_similarity
+            x,
+            _three(grid),
+            _three(window),
+            threshold is not None,
+            bar,
+            counts,
+            dense,
+            size,
+            prefix,
+            by_similarity,
         )
     )
 
 
 def _three(extents: list[int]) -> list[int]:
-    """Extents of any grid as those of a video: an image (H, W) is (H, 1, W), a sequence (N) is (N, 1, 1)."""
-    return [extents[0], extents[1] if len(extents) == 3 else 1, extents[-1] if len(extents) > 1 else 1]
+    """Any grid as that of a video: an image (H, W) is (H, 1, W), a sequence (N) is (N, 1, 1)."""
+    return [
+        extents[0],
+        extents[1] if len(extents) == 3 else 1,
+        extents[-1] if len(extents) > 1 else 1,
+    ]
 
 
 def merge_runs(

@@ -1,4 +1,4 @@
-"""What people write today to merge windows of alike tokens: MustDrop's formulation, and a careful vectorised one."""
+"""What people write today to merge windows: MustDrop's formulation, and a careful one."""
 
 from __future__ import annotations
 
@@ -25,16 +25,27 @@ def _numbers(grid: Sequence[int], window: Sequence[int], device: torch.device) -
 
 
 def _uncovered(kwargs: dict[str, Any]) -> bool:
-    return len(kwargs["grid"]) != 2 or any(g % w for g, w in zip(kwargs["grid"], kwargs["window"], strict=True))
+    return len(kwargs["grid"]) != 2 or any(
+        g % w for g, w in zip(kwargs["grid"], kwargs["window"], strict=True)
+    )
 
 
 def official(x: Tensor, grid: Sequence[int], window: Sequence[int], **options: Any) -> Any:
-    """Pairwise cosines of all windows as tensors of their own, r = the fewest of the batch, topk, gather, scatter_reduce, cat."""
+    """All pairwise cosines, the fewest of the batch, topk, gather, scatter_reduce, cat."""
     prefix, n = options.get("prefix", 0), window[0] * window[1]
-    if _uncovered({"grid": grid, "window": window}) or options.get("threshold") is None or options.get("size") is not None:
+    if (
+        _uncovered({"grid": grid, "window": window})
+        or options.get("threshold") is None
+        or options.get("size") is not None
+    ):
         return NotImplemented
     patches, channels = x[:, prefix:], x.shape[2]
-    windows = patches.transpose(1, 2).unflatten(2, tuple(grid)).unfold(2, window[0], window[0]).unfold(3, window[1], window[1])
+    windows = (
+        patches.transpose(1, 2)
+        .unflatten(2, tuple(grid))
+        .unfold(2, window[0], window[0])
+        .unfold(3, window[1], window[1])
+    )
     windows = windows.permute(0, 2, 3, 1, 4, 5).reshape(x.shape[0], -1, channels, n)
     pairs = cosine_similarity(windows[..., :, None], windows[..., None, :], dim=2)
     apart = 1 - torch.eye(n, device=x.device)
@@ -43,7 +54,9 @@ def official(x: Tensor, grid: Sequence[int], window: Sequence[int], **options: A
     best = similarity.topk(merging, dim=1).indices
     members = _numbers(grid, window, x.device)[best]
     target, source = members[..., -1:], members[..., :-1]
-    kept = torch.ones(patches.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, members.flatten(1), False)
+    kept = torch.ones(patches.shape[:2], dtype=torch.bool, device=x.device).scatter_(
+        1, members.flatten(1), False
+    )
     sizes = torch.ones_like(patches[..., :1])
     rest, rest_sizes = [t[kept].reshape(x.shape[0], -1, t.shape[2]) for t in (patches, sizes)]
     joined = []
@@ -51,7 +64,11 @@ def official(x: Tensor, grid: Sequence[int], window: Sequence[int], **options: A
     for values in (patches * sizes, sizes):
         into = values.gather(1, target.flatten(1)[..., None].expand(-1, -1, values.shape[2]))
         from_ = values.gather(1, source.flatten(1)[..., None].expand(-1, -1, values.shape[2]))
-        joined.append(into.scatter_reduce(1, slots.expand(x.shape[0], -1, values.shape[2]), from_, reduce="sum"))
+        joined.append(
+            into.scatter_reduce(
+                1, slots.expand(x.shape[0], -1, values.shape[2]), from_, reduce="sum"
+            )
+        )
     tokens = torch.cat([x[:, :prefix], joined[0] / joined[1], rest], 1)
     sizes = torch.cat([torch.ones_like(x[:, :prefix, :1]), joined[1], rest_sizes], 1)
     return [tokens, sizes[..., 0].float()]
@@ -64,10 +81,16 @@ def _similarity(windows: Tensor) -> Tensor:
 
 
 def careful(x: Tensor, grid: Sequence[int], window: Sequence[int], **options: Any) -> Any:
-    """The identity instead of pairs, means of all windows at once, rows placed by one cumsum and written by index_copy."""
+    """No pairs; means of all windows at once; rows placed by one cumsum, written by index_copy."""
     prefix, n = options.get("prefix", 0), window[0] * window[1]
-    ragged = options.get("batch", "ragged") == "ragged" and options.get("order", "raster") == "raster"
-    if _uncovered({"grid": grid, "window": window}) or not ragged or options.get("size") is not None:
+    ragged = (
+        options.get("batch", "ragged") == "ragged" and options.get("order", "raster") == "raster"
+    )
+    if (
+        _uncovered({"grid": grid, "window": window})
+        or not ragged
+        or options.get("size") is not None
+    ):
         return NotImplemented
     batch, tokens, channels = x.shape[0], x.shape[1] - prefix, x.shape[2]
     windows = _split(x[:, prefix:], grid, window)
@@ -93,20 +116,32 @@ def careful(x: Tensor, grid: Sequence[int], window: Sequence[int], **options: An
     return [packed.reshape(batch, -1, channels), size.reshape(batch, -1), row - row[:, :1]]
 
 
-def _shape_like(got: list[Tensor], want: list[Tensor], low: list[Tensor], kwargs: dict[str, Any]) -> None:
-    """The official form knows MustDrop's rule alone: sizes and mean must fit, and every token where the rule is asked for."""
+def _shape_like(
+    got: list[Tensor], want: list[Tensor], low: list[Tensor], kwargs: dict[str, Any]
+) -> None:
+    """Only MustDrop's rule is known to it: otherwise sizes must fit, no more."""
     if kwargs.get("batch") != "uniform" or kwargs.get("order") != "similarity":
         saved = kwargs["window"][0] * kwargs["window"][1] - 1
-        assert got[0].shape[1] >= want[0].shape[0] // len(kwargs["x"]) and got[0].shape[1] <= kwargs["x"].shape[1]
+        assert (
+            got[0].shape[1] >= want[0].shape[0] // len(kwargs["x"])
+            and got[0].shape[1] <= kwargs["x"].shape[1]
+        )
         assert (kwargs["x"].shape[1] - got[0].shape[1]) % saved == 0
         return
     assert got[0].shape == want[0].shape
     assert torch.allclose(got[1].double(), want[1].double())
-    near = torch.isclose(got[0].double(), want[0].double(), rtol=0.02, atol=0.02).all(-1).double().mean()
+    near = (
+        torch.isclose(got[0].double(), want[0].double(), rtol=0.02, atol=0.02)
+        .all(-1)
+        .double()
+        .mean()
+    )
     assert near > 0.9, f"{near:.0%} of the tokens are those of the reference"
 
 
-def _nearly(got: list[Tensor], want: list[Tensor], low: list[Tensor], kwargs: dict[str, Any]) -> None:
+def _nearly(
+    got: list[Tensor], want: list[Tensor], low: list[Tensor], kwargs: dict[str, Any]
+) -> None:
     """Similarities from rounded unit vectors: in half precision a few windows decide otherwise."""
     if got[0].dtype == torch.float32:
         assert got[0].shape == want[0].shape and torch.equal(got[2], want[2])

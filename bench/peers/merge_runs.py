@@ -12,9 +12,14 @@ from . import Peer
 
 
 def careful(
-    x: Tensor, threshold: float, max_run: int = 8, size: Tensor | None = None, prefix: int = 0, padded: bool = False
+    x: Tensor,
+    threshold: float,
+    max_run: int = 8,
+    size: Tensor | None = None,
+    prefix: int = 0,
+    padded: bool = False,
 ) -> Any:
-    """Cosines of neighbours, breaks (every `max_run` tokens too), rows by cumsum, sums by index_add, one division."""
+    """Cosines of neighbours, breaks, rows by cumsum, sums by index_add, one division."""
     if size is not None:
         return NotImplemented
     batch, length, channels = x.shape
@@ -32,14 +37,18 @@ def careful(
         row = index.flatten()
         rows = int(row[-1]) + 1
     tokens = x.new_zeros(rows, channels).index_add_(0, row, x.flatten(0, 1))
-    total = torch.zeros(rows, device=x.device).index_add_(0, row, torch.ones(batch * length, device=x.device))
+    total = torch.zeros(rows, device=x.device).index_add_(
+        0, row, torch.ones(batch * length, device=x.device)
+    )
     tokens = tokens / total.clamp_min(1).to(x.dtype)[:, None]
     if padded:
         return [tokens.reshape(batch, length, channels), total.reshape(batch, length), index]
     return [tokens, total, index]
 
 
-def _nearly(got: list[Tensor], want: list[Tensor], low: list[Tensor], kwargs: dict[str, Any]) -> None:
+def _nearly(
+    got: list[Tensor], want: list[Tensor], low: list[Tensor], kwargs: dict[str, Any]
+) -> None:
     """The same runs; sums in the input's dtype."""
     assert got[0].shape == want[0].shape and torch.equal(got[2], want[2])
     near = 1e-5 if got[0].dtype == torch.float32 else 0.05

@@ -1,5 +1,5 @@
-// What both merges do with token rows: squared norms, weighted sums, copies; and how far they go before they look back.
-// Internal to one object file, like simd.h.
+// What both merges do with token rows: squared norms, weighted sums, copies; and how far they go
+// before they look back. Internal to one object file, like simd.h.
 #pragma once
 
 #include "cpu/rows.h"
@@ -7,8 +7,8 @@
 namespace tk::TK_ISA {
 namespace {
 
-// Tokens are measured, then placed, then written: three phases, on stretches of this many bytes, which are still in a
-// second-level cache when they are read again.
+// Tokens are measured, then placed, then written: three phases, on stretches of this many bytes,
+// which are still in a second-level cache when they are read again.
 constexpr int64_t kStretchBytes = int64_t{2} << 20;
 
 // A range of work smaller than this is not worth another thread.
@@ -18,8 +18,9 @@ constexpr float kSmallestNorm = 1e-8f;
 
 TK_INLINE float square_root(float value) { return __builtin_sqrtf(value); }
 
-// 2·kLanes consecutive elements, in an order that is no business of anyone who sums over all of them or stores them as a pair again:
-// bfloat16 come as even and odd ones, which costs half of widening them in order.
+// 2·kLanes consecutive elements, in an order that is no business of anyone who sums over all of
+// them or stores them as a pair again: bfloat16 come as even and odd ones, which costs half of
+// widening them in order.
 struct Pair {
   Floats a, b;
 };
@@ -56,7 +57,8 @@ TK_INLINE void store_pair(BFloat16* to, Pair value) {
   std::memcpy(to, &both, sizeof both);
 }
 
-// The first `count` elements, mostly all of them: the partial load of a narrow instruction set goes through memory.
+// The first `count` elements, mostly all of them: the partial load of a narrow instruction set goes
+// through memory.
 template <class T>
 TK_INLINE Floats load_some(const T* from, int count) {
   return count == kLanes ? load(from) : load(from, count);
@@ -68,7 +70,9 @@ TK_INLINE void store_some(T* to, Floats value, int count) {
   store(to, value, count);
 }
 
-TK_INLINE int lanes_left(int64_t channels, int64_t c) { return static_cast<int>(smaller<int64_t>(kLanes, channels - c)); }
+TK_INLINE int lanes_left(int64_t channels, int64_t c) {
+  return static_cast<int>(smaller<int64_t>(kLanes, channels - c));
+}
 
 // ‖row‖², in one order that depends on the number of channels alone.
 template <class T>
@@ -94,10 +98,12 @@ TK_INLINE void add_pair(Pair& sum, Pair value, Floats weight) {
   sum.b += value.b * weight;
 }
 
-// Calls pairs(channel, pair) and then rest(channel, vector, count) with Σ weight · row over the tokens that `visit` enumerates as
-// (row, weight), for all channels. Many channels of all tokens at a time, so that the sums stay in registers.
+// Calls pairs(channel, pair) and then rest(channel, vector, count) with Σ weight · row over the
+// tokens that `visit` enumerates as (row, weight), for all channels. Many channels of all tokens at
+// a time, so that the sums stay in registers.
 template <class T, class Visit, class Pairs, class Rest>
-TK_INLINE void weighted_sum(int64_t channels, const Visit& visit, const Pairs& pairs, const Rest& rest) {
+TK_INLINE void weighted_sum(int64_t channels, const Visit& visit, const Pairs& pairs,
+                            const Rest& rest) {
   int64_t c = 0;
   for (; c + 4 * kPair <= channels; c += 4 * kPair) {
     Pair s0{}, s1{}, s2{}, s3{};
@@ -138,9 +144,11 @@ TK_INLINE void stream_pair(T* to, Pair value) {
 
 // The mean Σ weight · row / total, into `to`.
 template <class T, class Visit>
-TK_INLINE void weighted_mean(T* to, float total, int64_t channels, bool streaming, const Visit& visit) {
+TK_INLINE void weighted_mean(T* to, float total, int64_t channels, bool streaming,
+                             const Visit& visit) {
   const Floats all = splat(total);
-  const bool lines = streaming && kPair * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+  const bool lines =
+      streaming && kPair * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
   weighted_sum<T>(
       channels, visit,
       [&](int64_t c, Pair s) {

@@ -1,10 +1,12 @@
-// merge_adjacent on the CPU: measure how alike the tokens of each window are, place every token in the output, write the rows.
+// merge_adjacent on the CPU: measure how alike the tokens of each window are, place every token in
+// the output, write the rows.
 #include "cpu/merge.h"
 
 namespace tk::TK_ISA {
 namespace {
 
-// What follows from the shapes. A task is one row of windows (all windows of the last axis), or what is left of the grid there.
+// What follows from the shapes. A task is one row of windows (all windows of the last axis), or
+// what is left of the grid there.
 struct Windows {
   int64_t along[3];  // windows along each axis
   int64_t steps[2];  // tasks along the first two axes
@@ -34,11 +36,14 @@ struct Scratch {
   float* similarity;    // (B, windows)
   float* inverse_norm;  // (B, N)
   int64_t* merging;     // (B) windows that merge
-  uint64_t* keys;       // (slots, 2, windows) similarity and number of a window, twice: a sort goes back and forth
-  int32_t* rank;        // (slots, windows) place among the merged windows; −1: not merged
+  uint64_t* keys;  // (slots, 2, windows) similarity and number of a window, twice: a sort goes back
+                   // and forth
+  int32_t* rank;   // (slots, windows) place among the merged windows; −1: not merged
 };
 
-int64_t slots_of(const MergeAdjacent& p, int threads) { return larger<int64_t>(1, smaller<int64_t>(p.batch, threads)); }
+int64_t slots_of(const MergeAdjacent& p, int threads) {
+  return larger<int64_t>(1, smaller<int64_t>(p.batch, threads));
+}
 
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
@@ -63,7 +68,8 @@ TK_INLINE const T* token(const MergeAdjacent& p, int64_t image, int64_t position
   return static_cast<const T*>(p.x) + image * p.batch_stride + position * p.token_stride;
 }
 
-// Calls visit(number) for the tokens of the window whose first token is `first`; numbers count the tokens of the grid.
+// Calls visit(number) for the tokens of the window whose first token is `first`; numbers count the
+// tokens of the grid.
 template <class Visit>
 TK_INLINE void each_token(const MergeAdjacent& p, int64_t first, const Visit& visit) {
   for (int64_t i = 0; i < p.window[0]; ++i) {
@@ -81,16 +87,19 @@ float squared_sum(const MergeAdjacent& p, int64_t image, int64_t first, const fl
   weighted_sum<T>(
       p.channels,
       [&](const auto& add) {
-        each_token(p, first, [&](int64_t t) { add(token<T>(p, image, p.prefix + t), inverse_norm[t]); });
+        each_token(p, first,
+                   [&](int64_t t) { add(token<T>(p, image, p.prefix + t), inverse_norm[t]); });
       },
-      [&](int64_t, Pair s) { squares += s.a * s.a + s.b * s.b; }, [&](int64_t, Floats s, int) { squares += s * s; });
+      [&](int64_t, Pair s) { squares += s.a * s.a + s.b * s.b; },
+      [&](int64_t, Floats s, int) { squares += s * s; });
   return sum(squares);
 }
 
 // The mean pairwise cosines of one row of windows, without pairs: (‖Σû‖² − Σ‖û‖²) / (n(n−1)).
 // The norms go first, in the order in which the tokens lie in memory.
 template <class T>
-void measure(const MergeAdjacent& p, const Windows& w, const Scratch& s, int64_t image, int64_t step0, int64_t step1) {
+void measure(const MergeAdjacent& p, const Windows& w, const Scratch& s, int64_t image,
+             int64_t step0, int64_t step1) {
   if (step0 >= w.along[0] || step1 >= w.along[1]) return;
   float* inverse_norm = s.inverse_norm + image * w.tokens;
   float* similarity = s.similarity + image * w.total + (step0 * w.along[1] + step1) * w.along[2];
@@ -111,7 +120,8 @@ void measure(const MergeAdjacent& p, const Windows& w, const Scratch& s, int64_t
   }
   const float pairs = static_cast<float>(w.size) * static_cast<float>(w.size - 1);
   for (int64_t k = 0; k < w.along[2]; ++k) {
-    similarity[k] = (squared_sum<T>(p, image, first + k * p.window[2], inverse_norm) - similarity[k]) / pairs;
+    similarity[k] =
+        (squared_sum<T>(p, image, first + k * p.window[2], inverse_norm) - similarity[k]) / pairs;
   }
 }
 
@@ -122,9 +132,12 @@ TK_INLINE uint64_t sort_key(float similarity) {
   return (bits >> 31) != 0 ? bits : ~bits & 0x7fffffffu;
 }
 
-// Window numbers (low half of each key) by descending similarity, equals by number: a radix sort of the high halves.
-const uint64_t* sort_windows(const float* similarity, int64_t count, uint64_t* keys, uint64_t* other) {
-  for (int64_t i = 0; i < count; ++i) keys[i] = sort_key(similarity[i]) << 32 | static_cast<uint64_t>(i);
+// Window numbers (low half of each key) by descending similarity, equals by number: a radix sort of
+// the high halves.
+const uint64_t* sort_windows(const float* similarity, int64_t count, uint64_t* keys,
+                             uint64_t* other) {
+  for (int64_t i = 0; i < count; ++i)
+    keys[i] = sort_key(similarity[i]) << 32 | static_cast<uint64_t>(i);
   for (int shift = 32; shift < 64; shift += 8) {
     int64_t starts[257] = {};
     for (int64_t i = 0; i < count; ++i) ++starts[(keys[i] >> shift & 255) + 1];
@@ -138,7 +151,8 @@ const uint64_t* sort_windows(const float* similarity, int64_t count, uint64_t* k
 }
 
 // Which windows of an image merge, and in which place: rank[window], or −1.
-void rank_windows(const MergeAdjacent& p, const Windows& w, const Scratch& s, int64_t image, int64_t slot, int32_t* rank) {
+void rank_windows(const MergeAdjacent& p, const Windows& w, const Scratch& s, int64_t image,
+                  int64_t slot, int32_t* rank) {
   const float* similarity = s.similarity + image * w.total;
   if (p.counts == nullptr && !p.uniform && !p.by_similarity) {
     for (int64_t i = 0; i < w.total; ++i) rank[i] = similarity[i] >= p.threshold ? 0 : -1;
@@ -152,7 +166,8 @@ void rank_windows(const MergeAdjacent& p, const Windows& w, const Scratch& s, in
 }
 
 // The output row of every token of an image.
-void place(const MergeAdjacent& p, const Windows& w, const Scratch& s, int64_t image, int64_t slot) {
+void place(const MergeAdjacent& p, const Windows& w, const Scratch& s, int64_t image,
+           int64_t slot) {
   int32_t* rank = s.rank + slot * w.total;
   rank_windows(p, w, s, image, slot, rank);
   int64_t* index = p.index + image * w.length;
@@ -184,29 +199,35 @@ void place(const MergeAdjacent& p, const Windows& w, const Scratch& s, int64_t i
 }
 
 TK_INLINE float size_of_token(const MergeAdjacent& p, int64_t image, int64_t position) {
-  return p.size == nullptr ? 1.0f : p.size[image * p.size_batch_stride + position * p.size_token_stride];
+  return p.size == nullptr ? 1.0f
+                           : p.size[image * p.size_batch_stride + position * p.size_token_stride];
 }
 
 // Token `position` of an image passes through.
 template <class T>
-TK_INLINE void keep(const MergeAdjacent& p, const Windows& w, int64_t image, int64_t position, int64_t row) {
-  copy_token(static_cast<T*>(p.tokens) + row * p.channels, token<T>(p, image, position), p.channels, w.streaming);
+TK_INLINE void keep(const MergeAdjacent& p, const Windows& w, int64_t image, int64_t position,
+                    int64_t row) {
+  copy_token(static_cast<T*>(p.tokens) + row * p.channels, token<T>(p, image, position), p.channels,
+             w.streaming);
   p.merged_size[row] = size_of_token(p, image, position);
 }
 
 template <class T>
-void merge_window(const MergeAdjacent& p, const Windows& w, int64_t image, int64_t first, int64_t row) {
+void merge_window(const MergeAdjacent& p, const Windows& w, int64_t image, int64_t first,
+                  int64_t row) {
   float total = 0.0f;
   each_token(p, first, [&](int64_t t) { total += size_of_token(p, image, p.prefix + t); });
-  weighted_mean(static_cast<T*>(p.tokens) + row * p.channels, total, p.channels, w.streaming, [&](const auto& add) {
-    each_token(p, first, [&](int64_t t) {
-      add(token<T>(p, image, p.prefix + t), size_of_token(p, image, p.prefix + t));
-    });
-  });
+  weighted_mean(static_cast<T*>(p.tokens) + row * p.channels, total, p.channels, w.streaming,
+                [&](const auto& add) {
+                  each_token(p, first, [&](int64_t t) {
+                    add(token<T>(p, image, p.prefix + t), size_of_token(p, image, p.prefix + t));
+                  });
+                });
   p.merged_size[row] = total;
 }
 
-// One row of windows, and what lies beside it, into the output. A window has merged if its first two tokens share a row.
+// One row of windows, and what lies beside it, into the output. A window has merged if its first
+// two tokens share a row.
 template <class T>
 void write(const MergeAdjacent& p, const Windows& w, int64_t image, int64_t step0, int64_t step1) {
   const int64_t* index = p.index + image * w.length;
@@ -216,14 +237,17 @@ void write(const MergeAdjacent& p, const Windows& w, int64_t image, int64_t step
   }
   index += p.prefix;
   const bool windows = step0 < w.along[0] && step1 < w.along[1];
-  const int64_t to_second = p.window[2] > 1 ? 1 : p.window[1] > 1 ? p.grid[2] : p.grid[1] * p.grid[2];
+  const int64_t to_second = p.window[2] > 1   ? 1
+                            : p.window[1] > 1 ? p.grid[2]
+                                              : p.grid[1] * p.grid[2];
   for (int64_t i = step0 * p.window[0]; i < smaller((step0 + 1) * p.window[0], p.grid[0]); ++i) {
     for (int64_t j = step1 * p.window[1]; j < smaller((step1 + 1) * p.window[1], p.grid[1]); ++j) {
       const bool top = i == step0 * p.window[0] && j == step1 * p.window[1];
       int64_t t = (i * p.grid[1] + j) * p.grid[2];
       const int64_t end = t + p.grid[2];
       for (int64_t k = 0; windows && k < w.along[2]; ++k) {
-        const int64_t first = (step0 * p.window[0] * p.grid[1] + step1 * p.window[1]) * p.grid[2] + k * p.window[2];
+        const int64_t first =
+            (step0 * p.window[0] * p.grid[1] + step1 * p.window[1]) * p.grid[2] + k * p.window[2];
         const bool merged = index[first] == index[first + to_second];
         if (merged && top) merge_window<T>(p, w, image, first, base + index[first]);
         for (int64_t n = 0; n < p.window[2]; ++n, ++t) {
@@ -237,19 +261,22 @@ void write(const MergeAdjacent& p, const Windows& w, int64_t image, int64_t step
 
 // Calls body(image, step0, step1) for every task of the images [begin, end), on all threads.
 template <class Body>
-void each_task(const MergeAdjacent& p, const Windows& w, const Pool& pool, int64_t begin, int64_t end, const Body& body) {
+void each_task(const MergeAdjacent& p, const Windows& w, const Pool& pool, int64_t begin,
+               int64_t end, const Body& body) {
   const int64_t bytes = size_of(p.dtype) * p.channels * (w.length / w.tasks + 1);
-  parallel_for(pool, (end - begin) * w.tasks, 1 + kGrainBytes / bytes, [&](int64_t from, int64_t to) {
-    for (int64_t task = from; task < to; ++task) {
-      const int64_t step = task % w.tasks;
-      body(begin + task / w.tasks, step / w.steps[1], step % w.steps[1]);
-    }
-    streaming_done();
-  });
+  parallel_for(pool, (end - begin) * w.tasks, 1 + kGrainBytes / bytes,
+               [&](int64_t from, int64_t to) {
+                 for (int64_t task = from; task < to; ++task) {
+                   const int64_t step = task % w.tasks;
+                   body(begin + task / w.tasks, step / w.steps[1], step % w.steps[1]);
+                 }
+                 streaming_done();
+               });
 }
 
 template <class T>
-void measure_images(const MergeAdjacent& p, const Windows& w, const Scratch& s, const Pool& pool, int64_t begin, int64_t end) {
+void measure_images(const MergeAdjacent& p, const Windows& w, const Scratch& s, const Pool& pool,
+                    int64_t begin, int64_t end) {
   each_task(p, w, pool, begin, end, [&](int64_t image, int64_t step0, int64_t step1) {
     measure<T>(p, w, s, image, step0, step1);
   });
@@ -265,7 +292,8 @@ int64_t count_alike(const MergeAdjacent& p, const Windows& w, const Scratch& s, 
 
 // The images [begin, end), measured, into the output.
 template <class T>
-void merge_images(const MergeAdjacent& p, const Windows& w, const Scratch& s, const Pool& pool, int64_t begin, int64_t end) {
+void merge_images(const MergeAdjacent& p, const Windows& w, const Scratch& s, const Pool& pool,
+                  int64_t begin, int64_t end) {
   for (int64_t image = begin; image < end; ++image) {
     if (p.counts == nullptr && !p.uniform) s.merging[image] = count_alike(p, w, s, image);
     p.offsets[image + 1] = p.offsets[image] + w.length - s.merging[image] * (w.size - 1);
@@ -283,14 +311,17 @@ void merge_images(const MergeAdjacent& p, const Windows& w, const Scratch& s, co
 
 template <class T>
 void merge_batch(const MergeAdjacent& p, const Windows& w, const Scratch& s, const Pool& pool) {
-  const bool fewest = p.uniform && p.counts == nullptr;  // one image decides for all: all are measured first
+  const bool fewest =
+      p.uniform && p.counts == nullptr;  // one image decides for all: all are measured first
   if (fewest) {
     measure_images<T>(p, w, s, pool, 0, p.batch);
     int64_t count = w.total;
-    for (int64_t image = 0; image < p.batch; ++image) count = smaller(count, count_alike(p, w, s, image));
+    for (int64_t image = 0; image < p.batch; ++image)
+      count = smaller(count, count_alike(p, w, s, image));
     for (int64_t image = 0; image < p.batch; ++image) s.merging[image] = count;
   }
-  const int64_t stretch = larger<int64_t>(1, kStretchBytes / (1 + size_of(p.dtype) * w.length * p.channels));
+  const int64_t stretch =
+      larger<int64_t>(1, kStretchBytes / (1 + size_of(p.dtype) * w.length * p.channels));
   for (int64_t begin = 0; begin < p.batch; begin += stretch) {
     const int64_t end = smaller(begin + stretch, p.batch);
     if (!fewest) measure_images<T>(p, w, s, pool, begin, end);

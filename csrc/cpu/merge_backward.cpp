@@ -1,4 +1,5 @@
-// The gradient of both merges on the CPU: every token takes its share of the gradient of the row that it went to.
+// The gradient of both merges on the CPU: every token takes its share of the gradient of the row
+// that it went to.
 #include "cpu/merge.h"
 
 namespace tk::TK_ISA {
@@ -25,7 +26,9 @@ void share(const MergeBackward& p, int64_t begin, int64_t end) {
     const int64_t image = t / p.length, position = t % p.length, row = p.index[t];
     const T* from = static_cast<const T*>(p.grad) + image * p.batch_stride + row * p.token_stride;
     T* to = static_cast<T*>(p.grad_x) + t * p.channels;
-    const float size = p.size == nullptr ? 1.0f : p.size[image * p.size_batch_stride + position * p.size_token_stride];
+    const float size = p.size == nullptr
+                           ? 1.0f
+                           : p.size[image * p.size_batch_stride + position * p.size_token_stride];
     const float total = p.merged_size[image * p.merged_batch_stride + row];
     if (size == total) {
       copy_token(to, from, p.channels, streaming);
@@ -50,7 +53,8 @@ Status merge_backward(const MergeBackward& p, const Pool& pool) {
   if (least < 0 || most >= p.rows) return Status::kBadValue;
   const int64_t grain = 1 + kGrainBytes / (1 + size_of(p.dtype) * p.channels);
   dispatch(p.dtype, [&](auto zero) {
-    parallel_for(pool, tokens, grain, [&](int64_t begin, int64_t end) { share<decltype(zero)>(p, begin, end); });
+    parallel_for(pool, tokens, grain,
+                 [&](int64_t begin, int64_t end) { share<decltype(zero)>(p, begin, end); });
   });
   return Status::kOk;
 }

@@ -1,4 +1,5 @@
-// merge_runs on the CPU: compare every token with its predecessor, number the runs, write their means; one stretch after another.
+// merge_runs on the CPU: compare every token with its predecessor, number the runs, write their
+// means; one stretch after another.
 #include "cpu/merge.h"
 
 namespace tk::TK_ISA {
@@ -10,7 +11,8 @@ TK_INLINE const T* token(const MergeRuns& p, int64_t image, int64_t position) {
 }
 
 TK_INLINE float size_of_token(const MergeRuns& p, int64_t image, int64_t position) {
-  return p.size == nullptr ? 1.0f : p.size[image * p.size_batch_stride + position * p.size_token_stride];
+  return p.size == nullptr ? 1.0f
+                           : p.size[image * p.size_batch_stride + position * p.size_token_stride];
 }
 
 // Calls body(image, position, token) for the tokens [begin, end) of the batch.
@@ -33,10 +35,12 @@ struct Likeness {
   float square[kTokens];  // ‖row‖²
 };
 
-// The sums of a row are added in one order, whatever its place among the rows. Several rows at once look like no stream to the
-// processor, so those `ahead` elements further on are asked for in good time.
+// The sums of a row are added in one order, whatever its place among the rows. Several rows at once
+// look like no stream to the processor, so those `ahead` elements further on are asked for in good
+// time.
 template <int kTokens, class T>
-TK_INLINE Likeness<kTokens> compare(const T* const (&rows)[kTokens + 1], int64_t channels, int64_t ahead) {
+TK_INLINE Likeness<kTokens> compare(const T* const (&rows)[kTokens + 1], int64_t channels,
+                                    int64_t ahead) {
   Floats dots[kTokens] = {}, squares[kTokens] = {};
   int64_t c = 0;
   for (; c + kPair <= channels; c += kPair) {
@@ -70,9 +74,11 @@ TK_INLINE Likeness<kTokens> compare(const T* const (&rows)[kTokens + 1], int64_t
 
 TK_INLINE float norm_of(float square) { return larger(square_root(square), kSmallestNorm); }
 
-// Says of kTokens tokens from `position` on whether they are like their predecessors, given the norm of the first one's.
+// Says of kTokens tokens from `position` on whether they are like their predecessors, given the
+// norm of the first one's.
 template <int kTokens, class T>
-TK_INLINE void measure_some(const MergeRuns& p, int64_t image, int64_t position, int64_t* alike, float& norm_before) {
+TK_INLINE void measure_some(const MergeRuns& p, int64_t image, int64_t position, int64_t* alike,
+                            float& norm_before) {
   const T* rows[kTokens + 1];
   for (int i = 0; i <= kTokens; ++i) rows[i] = token<T>(p, image, position - 1 + i);
   const Likeness<kTokens> like = compare<kTokens>(rows, p.channels, kTokens * p.token_stride);
@@ -83,7 +89,8 @@ TK_INLINE void measure_some(const MergeRuns& p, int64_t image, int64_t position,
   }
 }
 
-// index[t] becomes 1 where token t is like its predecessor, else 0; a prefix token and the one behind it are like nobody.
+// index[t] becomes 1 where token t is like its predecessor, else 0; a prefix token and the one
+// behind it are like nobody.
 template <class T>
 void measure(const MergeRuns& p, int64_t begin, int64_t end) {
   constexpr int kGroup = 4;
@@ -96,7 +103,8 @@ void measure(const MergeRuns& p, int64_t begin, int64_t end) {
     const T* before = token<T>(p, image, position - 1);
     float norm = norm_of(compare<1>({before, before}, p.channels, p.token_stride).square[0]);
     const int64_t last = smaller(end, t - position + p.length);
-    for (; t + kGroup <= last; t += kGroup) measure_some<kGroup, T>(p, image, t - image * p.length, p.index + t, norm);
+    for (; t + kGroup <= last; t += kGroup)
+      measure_some<kGroup, T>(p, image, t - image * p.length, p.index + t, norm);
     for (; t < last; ++t) measure_some<1, T>(p, image, t - image * p.length, p.index + t, norm);
   }
 }
@@ -120,20 +128,23 @@ void number(const MergeRuns& p, int64_t begin, int64_t end, Progress& open) {
     }
     ++open.members;
     p.index[t] = open.row;
-    if (position == p.length - 1) p.offsets[image + 1] = p.padded ? p.offsets[image] + open.row + 1 : open.row + 1;
+    if (position == p.length - 1)
+      p.offsets[image + 1] = p.padded ? p.offsets[image] + open.row + 1 : open.row + 1;
   });
 }
 
 // The run of `count` tokens that begins at `position`, into row `row` of the output.
 template <class T>
-void merge_run(const MergeRuns& p, int64_t image, int64_t position, int64_t count, int64_t row, bool streaming) {
+void merge_run(const MergeRuns& p, int64_t image, int64_t position, int64_t count, int64_t row,
+               bool streaming) {
   T* to = static_cast<T*>(p.tokens) + row * p.channels;
   float total = 0.0f;
   for (int64_t i = position; i < position + count; ++i) total += size_of_token(p, image, i);
   p.merged_size[row] = total;
   if (count == 1) return copy_token(to, token<T>(p, image, position), p.channels, streaming);
   weighted_mean(to, total, p.channels, streaming, [&](const auto& add) {
-    for (int64_t i = position; i < position + count; ++i) add(token<T>(p, image, i), size_of_token(p, image, i));
+    for (int64_t i = position; i < position + count; ++i)
+      add(token<T>(p, image, i), size_of_token(p, image, i));
   });
 }
 
@@ -169,16 +180,17 @@ void pad(const MergeRuns& p, const Pool& pool) {
 template <class T>
 void merge_batch(const MergeRuns& p, const Pool& pool) {
   const int64_t bytes = 1 + size_of(p.dtype) * p.channels;
-  const int64_t tokens = p.batch * p.length, stretch = 1 + kStretchBytes / bytes, grain = 1 + kGrainBytes / bytes;
+  const int64_t tokens = p.batch * p.length, stretch = 1 + kStretchBytes / bytes,
+                grain = 1 + kGrainBytes / bytes;
   Progress open{-1, 0, 0};
   for (int64_t begin = 0; begin < tokens; begin += stretch) {
     const int64_t end = smaller(begin + stretch, tokens), unwritten = open.start;
-    parallel_for(pool, end - begin, grain, [&](int64_t from, int64_t to) { measure<T>(p, begin + from, begin + to); });
+    parallel_for(pool, end - begin, grain,
+                 [&](int64_t from, int64_t to) { measure<T>(p, begin + from, begin + to); });
     number(p, begin, end, open);
     const int64_t closed = end == tokens ? end : open.start;
-    parallel_for(pool, closed - unwritten, grain, [&](int64_t from, int64_t to) {
-      write<T>(p, unwritten + from, unwritten + to);
-    });
+    parallel_for(pool, closed - unwritten, grain,
+                 [&](int64_t from, int64_t to) { write<T>(p, unwritten + from, unwritten + to); });
   }
   if (p.padded) pad(p, pool);
 }

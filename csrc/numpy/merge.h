@@ -27,8 +27,10 @@ struct Merged {
 
   template <class Params>
   Merged(int64_t rows, int64_t length, const py::dtype& dtype, Params& p)
-      : tokens(empty({rows, p.channels}, dtype)), sizes(empty({rows}, py::dtype::of<float>())),
-        index(empty({p.batch, length}, py::dtype::of<int64_t>())), offsets(empty({p.batch + 1}, py::dtype::of<int64_t>())) {
+      : tokens(empty({rows, p.channels}, dtype)),
+        sizes(empty({rows}, py::dtype::of<float>())),
+        index(empty({p.batch, length}, py::dtype::of<int64_t>())),
+        offsets(empty({p.batch + 1}, py::dtype::of<int64_t>())) {
     p.tokens = tokens.mutable_data();
     p.merged_size = static_cast<float*>(sizes.mutable_data());
     p.index = static_cast<int64_t*>(index.mutable_data());
@@ -41,8 +43,10 @@ struct Merged {
   }
 
   py::tuple dense(int64_t batch, int64_t rows, int64_t channels) const {
-    const array all = tokens[py::slice(0, batch * rows, 1)], all_sizes = sizes[py::slice(0, batch * rows, 1)];
-    return py::make_tuple(array(all).reshape({batch, rows, channels}), array(all_sizes).reshape({batch, rows}), index, offsets);
+    const array all = tokens[py::slice(0, batch * rows, 1)],
+                all_sizes = sizes[py::slice(0, batch * rows, 1)];
+    return py::make_tuple(array(all).reshape({batch, rows, channels}),
+                          array(all_sizes).reshape({batch, rows}), index, offsets);
   }
 };
 

@@ -4,10 +4,11 @@
 namespace tk::bind {
 namespace {
 
-// counts: one for all images or one per image, read where no threshold decides. The front has checked shapes and values and given grid
-// and window three extents.
-py::tuple merge_adjacent_numpy(const array& input, const std::vector<int64_t>& grid, const std::vector<int64_t>& window,
-                               bool by_threshold, float threshold, const std::vector<int64_t>& counts, bool dense,
+// counts: one for all images or one per image, read where no threshold decides. The front has
+// checked shapes and values and given grid and window three extents.
+py::tuple merge_adjacent_numpy(const array& input, const std::vector<int64_t>& grid,
+                               const std::vector<int64_t>& window, bool by_threshold,
+                               float threshold, const std::vector<int64_t>& counts, bool dense,
                                const py::object& size, int64_t prefix, bool by_similarity) {
   const array x = rows_contiguous(input);
   MergeAdjacent p{};
@@ -23,7 +24,8 @@ py::tuple merge_adjacent_numpy(const array& input, const std::vector<int64_t>& g
   p.packed = !dense;
   const int64_t length = x.shape(1), saved = p.window[0] * p.window[1] * p.window[2] - 1;
   int64_t at_most = p.batch * length;
-  for (int64_t b = 0; b < p.batch && !by_threshold; ++b) at_most -= saved * p.counts[b * p.counts_stride];
+  for (int64_t b = 0; b < p.batch && !by_threshold; ++b)
+    at_most -= saved * p.counts[b * p.counts_stride];
   const Merged merged(at_most, length, x.dtype(), p);
   const Pool threads = pool();
   Scratch scratch(merge_adjacent_scratch(p, threads.threads));
@@ -34,7 +36,9 @@ py::tuple merge_adjacent_numpy(const array& input, const std::vector<int64_t>& g
   }
   const int64_t rows = p.offsets[p.batch];
   if (!dense) return merged.head(rows);
-  return merged.dense(p.batch, p.batch > 0 ? rows / p.batch : length - (by_threshold ? 0 : counts[0] * saved), p.channels);
+  return merged.dense(
+      p.batch, p.batch > 0 ? rows / p.batch : length - (by_threshold ? 0 : counts[0] * saved),
+      p.channels);
 }
 
 }  // namespace

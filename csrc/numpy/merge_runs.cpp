@@ -5,8 +5,8 @@ namespace tk::bind {
 namespace {
 
 // The front has checked shapes and values.
-py::tuple merge_runs_numpy(const array& input, float threshold, int64_t max_run, const py::object& size, int64_t prefix,
-                           bool padded) {
+py::tuple merge_runs_numpy(const array& input, float threshold, int64_t max_run,
+                           const py::object& size, int64_t prefix, bool padded) {
   const array x = rows_contiguous(input);
   MergeRuns p{};
   set_inputs(x, size, "merge_runs", p);

@@ -1,4 +1,4 @@
-"""What only the merges promise: un-merging by one gather, more than 2³¹ elements, no memory beyond the rule."""
+"""What only the merges promise: un-merging by one gather, and more than 2³¹ elements."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ native = pytest.mark.skipif(_native.WHY_NOT is not None, reason=str(_native.WHY_
 
 def test_one_gather_unmerges() -> None:
     x = torch.randn(2, 37, 8)
-    x[:, 1:] = x[:, 1:].reshape(2, 3, 2, 3, 2, 8)[:, :, :1, :, :1].expand(-1, -1, 2, -1, 2, -1).reshape(2, 36, 8)
+    x[:, 1:] = (
+        x[:, 1:]
+        .reshape(2, 3, 2, 3, 2, 8)[:, :, :1, :, :1]
+        .expand(-1, -1, 2, -1, 2, -1)
+        .reshape(2, 36, 8)
+    )
     packed = tk.merge_adjacent(x, (6, 6), (2, 2), threshold=0.9, prefix=1)
     dense = tk.merge_adjacent(x, (6, 6), (2, 2), num_windows=9, prefix=1)
     assert packed.tokens.shape == (20, 8) and dense.tokens.shape == (2, 10, 8)

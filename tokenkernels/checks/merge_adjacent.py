@@ -21,7 +21,7 @@ def merge_adjacent(
     batch: Any,
     backend: str | None = None,
 ) -> tuple[list[int], list[int], list[int]]:
-    """Raises where an argument is off; returns grid and window as lists, and the counts: one for all, or one per image."""
+    """Raises where an argument is off; returns grid, window, and one count or one per image."""
     known = floating(OP, "x", x, backend)
     rank(OP, "x", x, 3)
     integer(OP, "prefix", prefix, 0)
@@ -45,7 +45,12 @@ def merge_adjacent(
     choice(OP, "order", order, "raster", "similarity")
     choice(OP, "batch", batch, "ragged", "uniform")
     if (threshold is None) == (num_windows is None):
-        fail(OP, "threshold, num_windows", "exactly one of the two", f"threshold={threshold}, num_windows={num_windows}")
+        fail(
+            OP,
+            "threshold, num_windows",
+            "exactly one of the two",
+            f"threshold={threshold}, num_windows={num_windows}",
+        )
     if num_windows is None:
         number(OP, "threshold", threshold)
         return grid, window, [0]
@@ -72,7 +77,12 @@ def _counts(num_windows: Any, images: int, windows: int, batch: str) -> list[int
     if batch == "uniform":
         fail(OP, "num_windows", 'one int with batch="uniform"', f"{len(num_windows)} ints")
     if len(num_windows) != images:
-        fail(OP, "num_windows", f"an int, or {images} ints (one per image)", f"{len(num_windows)} ints")
+        fail(
+            OP,
+            "num_windows",
+            f"an int, or {images} ints (one per image)",
+            f"{len(num_windows)} ints",
+        )
     for count in num_windows:
         integer(OP, "num_windows", count, 0, windows)
     return list(num_windows) or [0]

@@ -10,7 +10,13 @@ OP = "merge_runs"
 
 
 def merge_runs(
-    x: Any, threshold: Any, max_run: Any, size: Any, prefix: Any, padded: Any, backend: str | None = None
+    x: Any,
+    threshold: Any,
+    max_run: Any,
+    size: Any,
+    prefix: Any,
+    padded: Any,
+    backend: str | None = None,
 ) -> None:
     """Raises where an argument is off."""
     known = floating(OP, "x", x, backend)

@@ -1,4 +1,4 @@
-"""What both merges share: the size-weighted mean of the tokens of every output row, and the gradient of that."""
+"""What both merges share: the size-weighted mean of each output row, and its gradient."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._op import Case, Make, Op
+from .._op import Op
+from ..cases import merge_backward as cases
 
 
 def average(x: Tensor, size: Tensor | None, row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Output rows as size-weighted means: x (B, L, C), size (B, L) or None, row (B, L) in 0 … rows−1 → (rows, C), float32 (rows,)."""
+    """Output rows as size-weighted means.
+
+    x (B, L, C), size (B, L) or None, row (B, L) in 0 … rows−1 → (rows, C), float32 (rows,).
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     weight = x.new_ones(x.shape[:2], dtype=wide) if size is None else size.to(wide)
     total = weight.new_zeros(rows).index_add(0, row.flatten(), weight.flatten())
@@ -43,10 +47,16 @@ def _at(rows: Tensor, index: Tensor, packed: bool) -> Tensor:
     """Rows of the whole batch if packed, else of each image."""
     if packed:
         return rows[index]
-    return torch.stack([image[place] for image, place in zip(rows, index, strict=True)]) if len(rows) else rows[:, :0]
+    return (
+        torch.stack([image[place] for image, place in zip(rows, index, strict=True)])
+        if len(rows)
+        else rows[:, :0]
+    )
 
 
-def _backward_reference(grad: Tensor, index: Tensor, size: Tensor | None, merged_size: Tensor) -> Tensor:
+def _backward_reference(
+    grad: Tensor, index: Tensor, size: Tensor | None, merged_size: Tensor
+) -> Tensor:
     wide = torch.promote_types(grad.dtype, torch.float32)
     packed = grad.ndim == 2
     total = _at(merged_size, index, packed).to(wide)
@@ -60,46 +70,10 @@ def _backward_fake(grad: Tensor, index: Tensor, size: Tensor | None, merged_size
     return grad.new_empty((*index.shape, grad.shape[-1]))
 
 
-def _case(packed: bool, sized: bool, channels: int) -> Any:
-    def make(t: Make) -> dict[str, Any]:
-        index = torch.arange(21, device=t.device).div(3, rounding_mode="floor").repeat(2, 1)
-        size = t.rand(2, 21, dtype=torch.float32) + 0.5 if sized else None
-        ones = torch.ones(2, 21, device=t.device) if size is None else size
-        merged_size = ones.reshape(2, 7, 3).sum(2)
-        grad = t.randn(2, 7, channels)
-        if packed:
-            index[1] += 7
-            grad, merged_size = grad.flatten(0, 1), merged_size.flatten()
-        return {"grad": grad, "index": index, "size": size, "merged_size": merged_size}
-
-    return make
-
-
-def _bench(packed: bool) -> Any:
-    def make(t: Make) -> dict[str, Any]:
-        index = torch.arange(64 * 196, device=t.device).div(2, rounding_mode="floor").reshape(64, 196)
-        grad = t.randn(64 * 98, 768)
-        return {"grad": grad, "index": index, "size": None, "merged_size": torch.full((64 * 98,), 2.0, device=t.device)}
-
-    return make
-
-
-def _cost(kwargs: dict[str, Any]) -> tuple[float, float]:
-    grad, index = kwargs["grad"], kwargs["index"]
-    written = index.numel() * grad.shape[-1]
-    return (grad.numel() + written) * grad.element_size() + index.numel() * 8, written
-
-
 BACKWARD = Op(
     schema="merge_backward(Tensor grad, Tensor index, Tensor? size, Tensor merged_size) -> Tensor",
     reference=_backward_reference,
     fake=_backward_fake,
-    cases=[
-        Case("packed", _case(True, False, 19)),
-        Case("packed-size", _case(True, True, 70)),
-        Case("dense", _case(False, False, 8)),
-        Case("dense-size", _case(False, True, 33)),
-        Case("64x196x768 pairs", _bench(True), ("bench",)),
-    ],
-    cost=_cost,
+    cases=cases.CASES,
+    cost=cases.cost,
 )

@@ -1,4 +1,4 @@
-"""merge_adjacent: windows of tokens that are alike become one token each, on a sequence, an image or a video."""
+"""merge_adjacent: windows of alike tokens become one each, on a sequence, an image or a video."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .._case import close
-from .._op import Case, Make, Op, autocast
+from .._op import Op, autocast
+from ..cases import merge_adjacent as cases
 from ..checks.merge_adjacent import merge_adjacent as _check
 from ._merge import average, gradient, remember
 
@@ -37,38 +38,47 @@ def merge_adjacent(
     batch: str = "ragged",
     backend: str | None = None,
 ) -> Merged:
-    """Merges the windows of a grid whose n tokens are alike: each becomes its size-weighted mean Σ size·x / Σ size.
+    """Merges the windows of a grid whose n tokens are alike into their means Σ size·x / Σ size.
 
-    Alike is the mean cosine over the pairs of a window, S = (‖Σû‖² − Σ‖û‖²) / (n(n−1)) with û = x / max(‖x‖, 1e-8). Windows do not
-    overlap; tokens at the far edges of a grid that the window does not divide stay, and so do the prefix tokens, in front. Equal
-    windows rank by number, a NaN window last (no threshold is reached by it). Gradient to x. No host synchronisation with
-    `num_windows` as ints, one otherwise.
+    Alike is the mean cosine over the pairs of a window: S = (‖Σû‖² − Σ‖û‖²) / (n(n−1)) with
+    û = x / max(‖x‖, 1e-8). Windows do not overlap; tokens at the far edges of a grid that the
+    window does not divide stay, and so do the prefix tokens, in front. Equal windows rank by
+    number, a NaN window last (it reaches no threshold). Gradient to x. No host synchronisation
+    with `num_windows` as ints, one otherwise.
 
     Args:
-        x: (B, P+N, C), N = ∏ grid in raster order; float32, float16 or bfloat16. A last dimension that is not contiguous costs a copy.
+        x: (B, P+N, C), N = ∏ grid in raster order; float32, float16 or bfloat16. A last dimension
+            that is not contiguous costs a copy.
         grid: 1, 2 or 3 extents: (length), (height, width) or (frames, height, width).
         window: Extents of a window, as many as grid has; at least 2 tokens in all.
         threshold: Every window with S ≥ threshold merges.
-        num_windows: Instead of threshold: the so many windows of highest S merge; a sequence of B ints (or an int tensor (B)) per image.
+        num_windows: Instead of threshold: the so many windows of highest S merge; a sequence of B
+            ints (or an int tensor (B)) per image.
         size: (B, P+N) float32, how many tokens each one stands for (positive); 1 if not given.
         prefix: P, leading tokens (class token, registers) that pass through.
-        order: "raster": a merged token stands where the first token of its window stood, so spatial order survives. "similarity":
-            merged tokens first, the most similar first, then the others in raster order (MustDrop's order).
-        batch: "ragged": every image merges its own windows. "uniform": every image merges as many windows as the image with the fewest
-            reaches (MustDrop's rule), its best ones; dense, and what becomes of an image then depends on the others.
+        order: "raster": a merged token stands where the first token of its window stood, so spatial
+            order survives. "similarity": merged tokens first, the most similar first, then the
+            others in raster order (MustDrop's order).
+        batch: "ragged": every image merges its own windows. "uniform": every image merges as many
+            windows as the image with the fewest reaches (MustDrop's rule), its best ones; dense,
+            and what becomes of an image then depends on the others.
         backend: "native", "triton" or "reference"; the best one there by default.
 
     Returns:
-        tokens: packed (total, C), image after image; dense (B, M, C) if num_windows is an int or batch is "uniform".
+        tokens: packed (total, C), image after image; dense (B, M, C) if num_windows is an int or
+            batch is "uniform".
         size: float32 (total,) or (B, M), the summed sizes.
-        index: int64 (B, P+N), the output row of every token, so that un-merging is one gather; dense: the row within its image.
+        index: int64 (B, P+N), the output row of every token, so that un-merging is one gather;
+            dense: the row within its image.
         offsets: int64 (B+1), the first row of every image among all rows.
 
     Raises:
-        ValueError: shapes that do not fit, counts outside 0 … windows, both or none of threshold and num_windows.
+        ValueError: shapes that do not fit, counts outside 0 … windows, both or none of threshold
+            and num_windows.
         TypeError: dtypes outside the list.
 
-    Source: MustDrop (Liu et al. 2024), stage 1 (window merge by mean pairwise cosine); ToMe (Bolya et al. 2023), §3 (sizes).
+    Source: MustDrop (Liu et al. 2024), stage 1 (window merge by mean pairwise cosine); ToMe (Bolya
+    et al. 2023), §3 (sizes).
 
     Example:
         >>> import torch, tokenkernels as tk
@@ -76,10 +86,14 @@ def merge_adjacent(
         >>> tk.merge_adjacent(x, (4,), (2,), threshold=0.9).index
         tensor([[0, 0, 1, 2]])
     """
-    grid, window, counts = _check(x, grid, window, threshold, num_windows, size, prefix, order, batch, backend)
+    grid, window, counts = _check(
+        x, grid, window, threshold, num_windows, size, prefix, order, batch, backend
+    )
     (x,) = autocast(x)
     dense = batch == "uniform" or (num_windows is not None and not hasattr(num_windows, "__len__"))
-    return Merged(*OP(backend, x.device.type, x, grid, window, threshold, counts, dense, size, prefix, order))
+    return Merged(
+        *OP(backend, x.device.type, x, grid, window, threshold, counts, dense, size, prefix, order)
+    )
 
 
 def _windows(grid: list[int], window: list[int], device: torch.device) -> Tensor:
@@ -100,15 +114,19 @@ def _similarity(tokens: Tensor, windows: Tensor) -> Tensor:
 
 
 def _ranks(similarity: Tensor, threshold: float | None, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """The place of every window by descending similarity, and how many of them should merge in each image."""
-    place = similarity.nan_to_num(nan=-torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    """The place of every window by descending similarity, and how many should merge."""
+    place = (
+        similarity.nan_to_num(nan=-torch.inf)
+        .argsort(dim=1, descending=True, stable=True)
+        .argsort(dim=1)
+    )
     if threshold is not None:
         return place, (similarity >= threshold).sum(1)
     return place, torch.tensor(counts, device=place.device).expand(len(place))
 
 
 def _rows(place: Tensor, merges: Tensor, windows: Tensor, tokens: int, order: str) -> Tensor:
-    """The output row of every token of the grid, (B, N), counted from the first row behind the prefix."""
+    """The output row of every token of the grid, (B, N), counted behind the prefix."""
     batch = place.shape[0]
     number = torch.arange(tokens, device=place.device).expand(batch, tokens)
     leader, key = number.clone(), number + (place.shape[1] if order == "similarity" else 0)
@@ -117,15 +135,24 @@ def _rows(place: Tensor, merges: Tensor, windows: Tensor, tokens: int, order: st
     inside = merges.repeat_interleave(n, dim=1)
     leader[:, windows.flatten()] = torch.where(inside, first, windows.flatten())
     if order == "similarity":
-        key[:, windows.flatten()] = torch.where(inside, place.repeat_interleave(n, dim=1), key[:, windows.flatten()])
+        key[:, windows.flatten()] = torch.where(
+            inside, place.repeat_interleave(n, dim=1), key[:, windows.flatten()]
+        )
     key = torch.where(leader == number, key, 2 * tokens)
     return key.argsort(dim=1).argsort(dim=1).gather(1, leader)
 
 
 def _merge(
-    x: Tensor, windows: Tensor, place: Tensor, merging: Tensor, each: int | None, size: Tensor | None, prefix: int, order: str
+    x: Tensor,
+    windows: Tensor,
+    place: Tensor,
+    merging: Tensor,
+    each: int | None,
+    size: Tensor | None,
+    prefix: int,
+    order: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Merges the `merging` first windows of every image; `each` is that number where it is the same for all and the output dense."""
+    """Merges the `merging` first windows of every image; dense if that is `each` for all."""
     batch, length, channels = x.shape
     rows = _rows(place, place < merging[:, None], windows, length - prefix, order)
     front = torch.arange(prefix, device=x.device).expand(batch, prefix)
@@ -141,8 +168,8 @@ def _merge(
 
 
 def _reference(
-    x: Tensor, grid: list[int], window: list[int], threshold: float | None, counts: list[int], dense: bool,
-    size: Tensor | None, prefix: int, order: str,
+    x: Tensor, grid: list[int], window: list[int], threshold: float | None, counts: list[int],
+    dense: bool, size: Tensor | None, prefix: int, order: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     windows = _windows(grid, window, x.device)
     similarity = _similarity(x[:, prefix:].to(torch.promote_types(x.dtype, torch.float32)), windows)
@@ -155,8 +182,8 @@ def _reference(
 
 
 def _fake(
-    x: Tensor, grid: list[int], window: list[int], threshold: float | None, counts: list[int], dense: bool,
-    size: Tensor | None, prefix: int, order: str,
+    x: Tensor, grid: list[int], window: list[int], threshold: float | None, counts: list[int],
+    dense: bool, size: Tensor | None, prefix: int, order: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, length, channels = x.shape
     saved = prod(window) - 1
@@ -178,80 +205,48 @@ def _backward(run: Any, ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     return gradient(run, ctx, grad), *[None] * 8
 
 
-def _compare(got: list[Tensor], want: list[Tensor], low: list[Tensor], kwargs: dict[str, Any]) -> None:
-    """Close; where a similarity is within rounding of a threshold or of another one, either decision is right."""
+def _compare(
+    got: list[Tensor], want: list[Tensor], low: list[Tensor], kwargs: dict[str, Any]
+) -> None:
+    """Close; where a similarity is within rounding of its bar, either decision is right."""
     if not torch.equal(got[2], want[2]) or not torch.equal(low[2], want[2]):
         want, low = _decided(got, kwargs, torch.float64), _decided(got, kwargs, kwargs["x"].dtype)
     close(got, want, low, prod(kwargs["window"]))
 
 
 def _decided(got: list[Tensor], kwargs: dict[str, Any], dtype: torch.dtype) -> list[Tensor]:
-    """What the reference makes of the decisions in `got`, once they are seen to be right within rounding."""
+    """What the reference makes of the decisions in `got`, seen to be right within rounding."""
     x, grid, window = kwargs["x"].to(dtype), list(kwargs["grid"]), list(kwargs["window"])
     prefix, order = kwargs.get("prefix", 0), kwargs.get("order", "raster")
     windows = _windows(grid, window, x.device)
     exact = _similarity(x[:, prefix:].double(), windows)
     member_rows = got[2][:, prefix:][:, windows]
     merges = member_rows[..., 0] == member_rows[..., 1]
-    place = torch.where(merges, member_rows[..., 0], 2 * x.shape[1] * len(x)).argsort(dim=1, stable=True).argsort(dim=1)
+    place = (
+        torch.where(merges, member_rows[..., 0], 2 * x.shape[1] * len(x))
+        .argsort(dim=1, stable=True)
+        .argsort(dim=1)
+    )
     merging, tolerance = merges.sum(1), 64 * torch.finfo(torch.float32).eps
     if kwargs.get("threshold") is not None and kwargs.get("batch") != "uniform":
         doubtful = (exact - kwargs["threshold"]).abs() <= tolerance
-        assert torch.equal(merges | doubtful, (exact >= kwargs["threshold"]) | doubtful), "other windows merge"
+        assert torch.equal(merges | doubtful, (exact >= kwargs["threshold"]) | doubtful), (
+            "other windows merge"
+        )
     else:
         ranked = exact.nan_to_num(nan=-2)
         worst = ranked.masked_fill(~merges, torch.inf).amin(1)
-        assert (ranked.masked_fill(merges, -torch.inf).amax(1) <= worst + tolerance).all(), "a better window does not merge"
+        assert (ranked.masked_fill(merges, -torch.inf).amax(1) <= worst + tolerance).all(), (
+            "a better window does not merge"
+        )
     if order == "similarity":
         ordered = exact.nan_to_num(nan=-2).gather(1, place.argsort(dim=1))
         inside = torch.arange(1, ordered.shape[1], device=x.device) < merging[:, None]
-        assert ((ordered.diff(dim=1) <= tolerance) | ~inside).all(), "merged windows are not in order"
+        assert ((ordered.diff(dim=1) <= tolerance) | ~inside).all(), (
+            "merged windows are not in order"
+        )
     each = int(merging[0]) if got[0].ndim == 3 else None
     return list(_merge(x, windows, place, merging, each, kwargs.get("size"), prefix, order))
-
-
-def _alike(t: Make, batch: int, grid: Sequence[int], window: Sequence[int], channels: int, prefix: int = 0) -> Tensor:
-    """Tokens whose windows hold one direction and noise, little or much: similarities spread over 0.3 … 1."""
-    windows = _windows(list(grid), list(window), torch.device(t.device))
-    x = t.randn(batch, prefix + prod(grid), channels, dtype=torch.float32)
-    level = 0.1 + 1.4 * t.rand(batch, len(windows), 1, 1, dtype=torch.float32)
-    common = t.randn(batch, len(windows), 1, channels, dtype=torch.float32)
-    x[:, prefix + windows] = common + level * x[:, prefix + windows]
-    return x.to(t.dtype)
-
-
-def _simple(
-    images: int, grid: tuple[int, ...], window: tuple[int, ...], channels: int, sized: bool = False, **options: Any
-) -> Any:
-    prefix = options.get("prefix", 0)
-
-    def make(t: Make) -> dict[str, Any]:
-        x = _alike(t, images, grid, window, channels, prefix)
-        size = t.rand(images, x.shape[1], dtype=torch.float32) + 0.5 if sized else None
-        return {"x": x, "grid": grid, "window": window, "size": size} | options
-
-    return make
-
-
-def _hard(**options: Any) -> Any:
-    """Images of equal, zero, NaN and opposite tokens, and of signed zeros as similarities."""
-
-    def make(t: Make) -> dict[str, Any]:
-        x = torch.ones(5, 36, 24, device=t.device, dtype=t.dtype)
-        x[1] = 0
-        x[2, ::5] = torch.nan
-        x[3, ::2] = -1
-        x[4] = t.randn(36, 24)
-        return {"x": x, "grid": (6, 6), "window": (2, 2)} | options
-
-    return make
-
-
-def _strided(t: Make) -> dict[str, Any]:
-    x = _alike(t, 3, (4, 7), (2, 3), 64, 1)
-    x = x.transpose(0, 1).contiguous().transpose(0, 1)[:, :, 8:41]
-    size = (t.rand(29, 3, dtype=torch.float32) + 1).T
-    return {"x": x, "grid": (4, 7), "window": (2, 3), "threshold": 0.6, "size": size, "prefix": 1}
 
 
 def _cost(kwargs: dict[str, Any]) -> tuple[float, float]:
@@ -261,74 +256,15 @@ def _cost(kwargs: dict[str, Any]) -> tuple[float, float]:
     return moved + x.shape[0] * x.shape[1] * 8, 6 * x.numel()
 
 
-COUPLED = ("test", "coupled")
-HARD = ("test", "no-gradcheck", "nan")
-
-CASES = [
-    Case("image", _simple(3, (8, 8), (2, 2), 19, threshold=0.6)),
-    Case("image-edges-prefix-size", _simple(2, (7, 8), (3, 3), 33, threshold=0.5, prefix=2, sized=True)),
-    Case("sequence", _simple(2, (25,), (3,), 16, threshold=0.6, prefix=1)),
-    Case("video", _simple(2, (3, 5, 4), (2, 2, 2), 40, threshold=0.5, sized=True)),
-    Case("frames-only", _simple(2, (4, 3, 3), (2, 1, 1), 8, threshold=0.6)),
-    Case("columns", _simple(2, (4, 6), (1, 2), 8, threshold=0.6, order="similarity")),
-    Case("rows", _simple(2, (6, 4), (2, 1), 70, threshold=0.6)),
-    Case("window-beyond-grid", _simple(2, (3, 4), (4, 2), 8, threshold=0.0)),
-    Case("similarity-order", _simple(3, (8, 8), (2, 2), 12, threshold=0.6, order="similarity", prefix=1)),
-    Case("uniform", _simple(3, (9, 9), (3, 3), 24, threshold=0.6, batch="uniform", prefix=1), COUPLED),
-    Case("mustdrop", _simple(3, (9, 9), (3, 3), 24, threshold=0.6, batch="uniform", prefix=1, order="similarity"), COUPLED),
-    Case("num-windows", _simple(3, (8, 10), (2, 2), 20, num_windows=7, sized=True)),
-    Case("num-windows-similarity", _simple(3, (8, 10), (2, 2), 20, num_windows=13, prefix=1, order="similarity")),
-    Case("num-windows-none", _simple(2, (4, 4), (2, 2), 6, num_windows=0)),
-    Case("num-windows-each", _simple(3, (8, 8), (2, 2), 9, num_windows=[3, 0, 16], prefix=1)),
-    Case("num-windows-each-similarity", _simple(2, (8, 8), (2, 2), 9, num_windows=[5, 9], order="similarity")),
-    Case("hard-threshold", _hard(threshold=0.0), HARD),
-    Case("hard-ranked", _hard(num_windows=7, order="similarity"), HARD),
-    Case("hard-all", _hard(num_windows=9), HARD),
-    Case("strided", _strided),
-    Case("mustdrop 8x24x24x1024 3x3", _simple(8, (24, 24), (3, 3), 1024, threshold=0.8), ("bench",)),
-    Case(
-        "mustdrop 8x24x24x1024 3x3 uniform",
-        _simple(8, (24, 24), (3, 3), 1024, threshold=0.8, prefix=1, batch="uniform", order="similarity"),
-        ("bench",),
-    ),
-    Case("image 8x24x24x1024 2x2", _simple(8, (24, 24), (2, 2), 1024, threshold=0.6), ("bench",)),
-    Case("vit 64x14x14x768 2x2", _simple(64, (14, 14), (2, 2), 768, threshold=0.6, prefix=1), ("bench",)),
-    Case("vit 64x14x14x768 2x2 r=24", _simple(64, (14, 14), (2, 2), 768, num_windows=24, prefix=1), ("bench",)),
-]
-
 OP = Op(
-    schema="merge_adjacent(Tensor x, SymInt[] grid, SymInt[] window, float? threshold, SymInt[] counts, bool dense, "
-    "Tensor? size, SymInt prefix, str order) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="merge_adjacent(Tensor x, SymInt[] grid, SymInt[] window, float? threshold, "
+    "SymInt[] counts, bool dense, Tensor? size, SymInt prefix, str order) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
     function=merge_adjacent,
-    cases=CASES,
-    bad=[
-        (lambda kw: {"x": kw["x"][0]}, ValueError, "merge_adjacent: x: allowed 3 dimensions"),
-        (lambda kw: {"x": kw["x"].long()}, TypeError, "merge_adjacent: x: allowed a tensor of float32"),
-        (lambda kw: {"x": kw["x"].double()}, TypeError, 'backend="reference"'),
-        (lambda kw: {"x": kw["x"][:, 1:]}, ValueError, "merge_adjacent: x: allowed .* = 64 for grid"),
-        (lambda kw: {"prefix": 1}, ValueError, "merge_adjacent: x: allowed"),
-        (lambda kw: {"prefix": -1}, ValueError, "merge_adjacent: prefix: allowed 0"),
-        (lambda kw: {"grid": 64}, TypeError, "merge_adjacent: grid: allowed 1, 2 or 3 ints"),
-        (lambda kw: {"grid": (2, 2, 4, 4)}, ValueError, "merge_adjacent: grid: allowed 1, 2 or 3 ints"),
-        (lambda kw: {"grid": (64,)}, ValueError, "merge_adjacent: window: allowed as many entries"),
-        (lambda kw: {"grid": (8, -8)}, ValueError, "merge_adjacent: grid: allowed 1"),
-        (lambda kw: {"window": (2, 0)}, ValueError, "merge_adjacent: window: allowed 1"),
-        (lambda kw: {"window": (2, 1.5)}, TypeError, "merge_adjacent: window: allowed an int"),
-        (lambda kw: {"window": (1, 1)}, ValueError, "merge_adjacent: window: allowed at least 2 tokens"),
-        (lambda kw: {"threshold": None}, ValueError, "exactly one"),
-        (lambda kw: {"num_windows": 3}, ValueError, "exactly one"),
-        (lambda kw: {"threshold": "0.6"}, TypeError, "merge_adjacent: threshold: allowed a number"),
-        (lambda kw: {"threshold": None, "num_windows": 17}, ValueError, "merge_adjacent: num_windows: allowed 0 … 16"),
-        (lambda kw: {"threshold": None, "num_windows": [1, 2]}, ValueError, "num_windows: allowed an int, or 3 ints"),
-        (lambda kw: {"threshold": None, "num_windows": 2.0}, TypeError, "num_windows: allowed an int"),
-        (lambda kw: {"threshold": None, "num_windows": [1] * 3, "batch": "uniform"}, ValueError, "allowed one int"),
-        (lambda kw: {"size": kw["x"][:, :, 0].double()}, TypeError, "merge_adjacent: size: allowed a tensor of float32"),
-        (lambda kw: {"size": kw["x"][:, 1:, 0].float()}, ValueError, "merge_adjacent: size: allowed shape"),
-        (lambda kw: {"order": "random"}, ValueError, "merge_adjacent: order: allowed 'raster', 'similarity'"),
-        (lambda kw: {"batch": "dense"}, ValueError, "merge_adjacent: batch: allowed 'ragged', 'uniform'"),
-    ],
+    cases=cases.CASES,
+    bad=cases.BAD,
     cost=_cost,
     length=lambda kwargs: prod(kwargs["window"]),
     differentiable=("x",),
