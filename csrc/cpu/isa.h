@@ -8,7 +8,8 @@
 #define TK_CPU_KERNELS(X) \
   X(gather_topk_select, GatherTopk) \
   X(gather_topk, GatherTopk) \
-  X(gather_topk_backward, GatherTopkBackward)
+  X(gather_topk_backward, GatherTopkBackward) \
+  X(compact_kv, CompactKv)
 
 namespace tk {
 

@@ -1,0 +1,114 @@
+"""What compact_kv refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from . import choice, dtype, fail, floating, rank, same_dtype
+
+OP = "compact_kv"
+INTEGERS = ("int64", "int32")
+FREQUENCIES = ("float32", "float64", "float16", "bfloat16")
+
+
+def check(
+    layers: Any, index: Any, lengths: Any, inplace: Any, order: Any, rope: Any, backend: str | None = None
+) -> None:
+    """Raises ValueError or TypeError where the arguments of compact_kv do not fit together."""
+    choice(OP, "order", order, "stable", "fill")
+    choice(OP, "inplace", inplace, True, False)
+    shapes = _layers(layers)
+    device = getattr(layers[0][0], "device", None)
+    counts = _rows("index", index, shapes, device)
+    if lengths is not None:
+        _rows("lengths", lengths, shapes, device, entries=False)
+    if rope is not None:
+        _rope(layers, shapes, counts, rope, device, backend)
+    if inplace:
+        for (_, _, tokens), count in zip(shapes, counts, strict=True):
+            if count > tokens:
+                fail(OP, "index", f"at most T = {tokens} entries in place", count)
+
+
+def in_place(shape: Sequence[int], strides: Sequence[int]) -> None:
+    """Raises ValueError where rows could not be written in place: `strides` in elements."""
+    if shape[-1] > 1 and strides[-1] != 1:
+        fail(OP, "layers", "a contiguous last dimension in place", f"strides {tuple(strides)}")
+    reach = 1
+    for stride, size in sorted((abs(stride), size) for stride, size in zip(strides, shape, strict=True) if size > 1):
+        if stride < reach:
+            fail(OP, "layers", "tensors that do not overlap themselves in place", f"strides {tuple(strides)}")
+        reach = stride * (size - 1) + reach
+
+
+def distinct(addresses: Sequence[int]) -> None:
+    """Raises ValueError where two tensors are the same memory: in place it would be compacted twice."""
+    if len(set(addresses)) < len(addresses):
+        fail(OP, "layers", "tensors that share no memory in place", "one of them twice")
+
+
+def _layers(layers: Any) -> list[Sequence[int]]:
+    """(B, G, T) of every layer."""
+    if not isinstance(layers, (list, tuple)) or not layers or not all(isinstance(one, (list, tuple)) for one in layers):
+        fail(OP, "layers", "a list of tuples (key, value, …), at least one", type(layers).__name__)
+    per_layer = len(layers[0])
+    if per_layer == 0:
+        fail(OP, "layers", "at least one tensor per layer", "an empty tuple")
+    device = getattr(layers[0][0], "device", None)
+    shapes = []
+    for layer in layers:
+        if len(layer) != per_layer:
+            fail(OP, "layers", f"{per_layer} tensors in every layer", len(layer))
+        for tensor in layer:
+            rank(OP, "layers", tensor, 4)
+            if tensor.shape[:3] != layer[0].shape[:3]:
+                fail(OP, "layers", f"(B, G, T, D) with one (B, G, T) per layer {tuple(layer[0].shape)}", tuple(tensor.shape))
+            if getattr(tensor, "device", None) != device:
+                fail(OP, "layers", f"one device ({device})", tensor.device)
+        shapes.append(layer[0].shape[:3])
+        if shapes[-1][0] != shapes[0][0]:
+            fail(OP, "layers", f"one batch size B = {shapes[0][0]}", shapes[-1][0])
+    return shapes
+
+
+def _rows(name: str, value: Any, shapes: list[Sequence[int]], device: Any, *, entries: bool = True) -> list[int]:
+    """Checks integers shared by all layers, or a list with one per layer; returns the entries per row of every layer."""
+    several = isinstance(value, (list, tuple))
+    if several and len(value) != len(shapes):
+        fail(OP, name, f"one tensor, or a list of one per layer ({len(shapes)})", len(value))
+    counts = []
+    for layer, (batch, heads, _) in enumerate(shapes):
+        one = value[layer] if several else value
+        if several or layer == 0:
+            dtype(OP, name, one, INTEGERS)
+            rank(OP, name, one, *((1, 2, 3) if entries else (0, 1, 2)))
+            if getattr(one, "device", None) != device:
+                fail(OP, name, f"the device of layers ({device})", one.device)
+        shape = one.shape
+        leading = len(shape) - entries
+        if (leading > 0 and shape[0] != batch) or (leading > 1 and shape[1] != heads):
+            last = ", M" if entries else ""
+            allowed = f"shape ({last[2:]}), (B{last}) or (B, G{last}) with B = {batch}, G = {heads}"
+            fail(OP, name, allowed, f"shape {tuple(shape)}")
+        counts.append(shape[-1] if entries else 1)
+    return counts
+
+
+def _rope(layers: Any, shapes: list[Sequence[int]], counts: list[int], rope: Any, device: Any, backend: str | None) -> None:
+    if not isinstance(rope, (list, tuple)) or len(rope) != 3:
+        fail(OP, "rope", "(inv_freq, old_positions, new_positions)", type(rope).__name__)
+    frequencies, *positions = rope
+    dtype(OP, "rope", frequencies, FREQUENCIES)
+    rank(OP, "rope", frequencies, 1)
+    if getattr(frequencies, "device", None) != device:
+        fail(OP, "rope", f"the device of layers ({device})", frequencies.device)
+    key = layers[0][0]
+    floating(OP, "layers", key, backend)
+    for layer in layers:
+        same_dtype(OP, "layers", layer[0], key, "the first key")
+        if layer[0].shape[3] != 2 * frequencies.shape[0]:
+            fail(OP, "rope", f"D / 2 = {layer[0].shape[3] / 2:g} frequencies", frequencies.shape[0])
+    for rows in positions:
+        if _rows("rope", rows, shapes, device) != counts:
+            fail(OP, "rope", "one position per index entry", "another number")
