@@ -28,20 +28,19 @@ void set_keep(const std::optional<Tensor>& keep, GatherTopk& p) {
   p.keep_token_stride = keep->stride(1);
 }
 
-std::vector<int64_t> budgets_of(const std::vector<int64_t>& k, const GatherTopk& p) {
-  check(k.size() == 1 || static_cast<int64_t>(k.size()) == p.batch, "gather_topk", "k: allowed one int or one per image");
-  std::vector<int64_t> budgets(static_cast<size_t>(p.batch), k[0]);
-  if (k.size() > 1) budgets = k;
+std::vector<int64_t> budgets_of(const std::vector<int64_t>& k, bool ragged, const GatherTopk& p) {
+  check(static_cast<int64_t>(k.size()) == (ragged ? p.batch : 1), "gather_topk", "k: allowed one int, or one per image");
+  std::vector<int64_t> budgets = k;
+  if (!ragged) budgets.assign(static_cast<size_t>(p.batch), k[0]);
   for (const int64_t budget : budgets) check(budget >= 0 && budget <= p.tokens, "gather_topk", "k: allowed 0…N");
   return budgets;
 }
 
-// Dense (B, P+k+fused, …) where every image keeps the same number, else packed (total, …).
-Tensor output_like(const Tensor& x, int64_t batch, int64_t total, bool dense) {
-  const int64_t channels = x.dim() == 3 ? x.size(2) : 1;
-  if (!dense) return x.dim() == 3 ? empty({total, channels}, x.scalar_type()) : empty({total}, x.scalar_type());
-  const int64_t rows = batch > 0 ? total / batch : 0;
-  return x.dim() == 3 ? empty({batch, rows, channels}, x.scalar_type()) : empty({batch, rows}, x.scalar_type());
+// (B, rows, C) where every image keeps the same number, else packed (total, C); without C where x has none.
+Tensor output_like(const Tensor& x, int64_t batch, int64_t rows, bool dense) {
+  const ScalarType type = x.scalar_type();
+  if (x.dim() == 3) return dense ? empty({batch, rows, x.size(2)}, type) : empty({rows, x.size(2)}, type);
+  return dense ? empty({batch, rows}, type) : empty({rows}, type);
 }
 
 GatherTopk::Tensor tensor_of(const Tensor& from, const Tensor& to, const GatherTopk& p) {
@@ -55,7 +54,7 @@ GatherTopk::Tensor tensor_of(const Tensor& from, const Tensor& to, const GatherT
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> gather_topk_cpu(std::vector<Tensor> tensors, Tensor scores,
                                                                std::optional<Tensor> keep, std::vector<int64_t> k,
-                                                               std::optional<double> threshold, int64_t prefix,
+                                                               bool ragged, std::optional<double> threshold, int64_t prefix,
                                                                std::string order, std::string fuse) {
   check(tensors.size() <= GatherTopk::kMaxTensors, "gather_topk", "x: allowed at most 16 tensors");
   check(scores.dim() == 2, "gather_topk", "scores: allowed (B, N)");
@@ -66,7 +65,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> gather_topk_cpu(std::vector<Tens
   p.by_score = order == "score";
   p.fuse = fuse_of(fuse);
   std::vector<int64_t> budgets;
-  if (!threshold) budgets = budgets_of(k, p);
+  if (!threshold) budgets = budgets_of(k, ragged, p);
   p.budgets = threshold ? nullptr : budgets.data();
   p.threshold = static_cast<float>(threshold.value_or(0));
   for (Tensor& tensor : tensors) {
@@ -81,13 +80,14 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> gather_topk_cpu(std::vector<Tens
   p.scratch = select_scratch.data();
   gather_topk_select(p, threads);
 
-  const bool dense = !threshold && k.size() == 1;
-  const int64_t total = p.offsets[p.batch], chosen = total - p.batch * (prefix + (p.fuse != Fuse::kNone));
+  const bool dense = !threshold && !ragged;
+  const int64_t total = p.offsets[p.batch], extra = prefix + (p.fuse != Fuse::kNone);
+  const int64_t chosen = total - p.batch * extra, rows = dense ? extra + k[0] : total;
   Tensor index = dense ? empty({p.batch, k[0]}, ScalarType::Long) : empty({chosen}, ScalarType::Long);
   p.index = static_cast<int64_t*>(index.data_ptr());
   std::vector<Tensor> outputs;
   for (const Tensor& tensor : tensors) {
-    outputs.push_back(output_like(tensor, p.batch, dense ? p.batch * (prefix + k[0] + (p.fuse != Fuse::kNone)) : total, dense));
+    outputs.push_back(output_like(tensor, p.batch, rows, dense));
     p.tensors[p.tensor_count++] = tensor_of(tensor, outputs.back(), p);
   }
   const Scratch scratch(gather_topk_scratch(p, threads.threads));
@@ -100,16 +100,18 @@ std::tuple<std::vector<Tensor>, Tensor> gather_topk_backward_cpu(std::vector<Ten
                                                                 std::vector<Tensor> tensors, Tensor scores, int64_t prefix,
                                                                 std::string fuse) {
   const char* op = "gather_topk_backward";
-  check(gradients.size() <= GatherTopk::kMaxTensors && gradients.size() == tensors.size(), op, "gradients: one per tensor, at most 16");
   GatherTopkBackward p{};
+  p.fuse = fuse_of(fuse);
+  const bool fused = p.fuse != Fuse::kNone, dense = index.dim() == 2;
+  check(gradients.size() <= GatherTopk::kMaxTensors && (!fused || gradients.size() == tensors.size()), op,
+        "gradients: one per tensor, at most 16");
   p.batch = scores.size(0);
   p.tokens = scores.size(1);
   p.prefix = prefix;
-  p.fuse = fuse_of(fuse);
-  check(index.is_contiguous() && offsets.is_contiguous() && offsets.numel() == p.batch + 1, op, "index, offsets: of the forward call");
+  check(index.is_contiguous() && offsets.is_contiguous() && offsets.numel() == p.batch + 1, op,
+        "index, offsets: those of the forward call");
   p.index = static_cast<const int64_t*>(index.data_ptr());
   p.offsets = static_cast<const int64_t*>(offsets.data_ptr());
-  const bool fused = p.fuse != Fuse::kNone;
   Tensor scores_gradient = empty({fused ? p.batch : 0, fused ? p.tokens : 0}, ScalarType::Float);
   p.scores_gradient = static_cast<float*>(scores_gradient.data_ptr());
   p.scores = scores.data_ptr();
@@ -119,14 +121,21 @@ std::tuple<std::vector<Tensor>, Tensor> gather_topk_backward_cpu(std::vector<Ten
   std::vector<Tensor> results;
   for (size_t t = 0; t < gradients.size(); ++t) {
     gradients[t] = torch::stable::contiguous(gradients[t]);
-    tensors[t] = rows_contiguous(tensors[t]);
+    const Tensor& from = gradients[t];
+    const bool has_channels = from.dim() == (dense ? 3 : 2);
+    const int64_t channels = has_channels ? from.size(from.dim() - 1) : 1, rows = prefix + p.tokens;
+    check(from.numel() == p.offsets[p.batch] * channels, op, "gradients: shape of the output");
+    results.push_back(has_channels ? empty({p.batch, rows, channels}, from.scalar_type())
+                                   : empty({p.batch, rows}, from.scalar_type()));
+    auto& tensor = p.tensors[p.tensor_count++];
+    tensor = {from.data_ptr(), results.back().data_ptr(), nullptr, 0, 0, channels, dtype_of(from, op)};
+    if (!fused) continue;
+    if (has_channels) tensors[t] = rows_contiguous(tensors[t]);
     const Tensor& x = tensors[t];
-    const int64_t channels = x.dim() == 3 ? x.size(2) : 1, rows = prefix + p.tokens;
-    check(gradients[t].numel() == p.offsets[p.batch] * channels && gradients[t].scalar_type() == x.scalar_type(), op,
-          "gradients: shape and dtype of the output");
-    results.push_back(x.dim() == 3 ? empty({p.batch, rows, channels}, x.scalar_type()) : empty({p.batch, rows}, x.scalar_type()));
-    p.tensors[p.tensor_count++] = {gradients[t].data_ptr(), results.back().data_ptr(), x.data_ptr(), x.stride(0),
-                                   x.stride(1),             channels,                  dtype_of(x, op)};
+    check(x.scalar_type() == from.scalar_type() && x.numel() == p.batch * rows * channels, op, "tensors: those of the forward call");
+    tensor.x = x.data_ptr();
+    tensor.x_batch_stride = x.stride(0);
+    tensor.x_token_stride = x.stride(1);
   }
   const Pool threads = pool();
   const Scratch scratch(gather_topk_backward_scratch(p, threads.threads));

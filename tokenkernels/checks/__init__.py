@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, NoReturn
 
 NAMES = (
@@ -67,7 +68,7 @@ def same_device(op: str, name: str, x: Any, like: Any, like_name: str) -> None:
 
 def integer(op: str, name: str, value: Any, low: int, high: int | None = None) -> None:
     """value is a whole number of low … high (no upper end where high is None)."""
-    if isinstance(value, (bool, float, str)) or not hasattr(value, "__index__"):
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         fail(op, name, "an int", _describe(value), TypeError)
     if value < low or (high is not None and value > high):
         fail(op, name, f"{low} … {'' if high is None else high}", value)
