@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from . import choice, dtype, fail, floating, rank, same_dtype
+from . import dtype, fail, floating, rank, same_dtype
 
 OP = "compact_kv"
 INTEGERS = ("int64", "int32")
@@ -13,11 +13,19 @@ FREQUENCIES = ("float32", "float64", "float16", "bfloat16")
 
 
 def check(
-    layers: Any, index: Any, lengths: Any, inplace: Any, order: Any, rope: Any, backend: str | None = None
+    layers: Any,
+    index: Any,
+    lengths: Any,
+    inplace: Any,
+    order: Any,
+    rope: Any,
+    backend: str | None = None,
 ) -> None:
     """Raises ValueError or TypeError where the arguments of compact_kv do not fit together."""
-    choice(OP, "order", order, "stable", "fill")
-    choice(OP, "inplace", inplace, True, False)
+    if not isinstance(order, str) or order not in ("stable", "fill"):
+        fail(OP, "order", "'stable', 'fill'", repr(order))
+    if not isinstance(inplace, bool):
+        fail(OP, "inplace", "a bool", repr(inplace), TypeError)
     shapes = _layers(layers)
     device = getattr(layers[0][0], "device", None)
     counts = _rows("index", index, shapes, device)
@@ -36,21 +44,32 @@ def in_place(shape: Sequence[int], strides: Sequence[int]) -> None:
     if shape[-1] > 1 and strides[-1] != 1:
         fail(OP, "layers", "a contiguous last dimension in place", f"strides {tuple(strides)}")
     reach = 1
-    for stride, size in sorted((abs(stride), size) for stride, size in zip(strides, shape, strict=True) if size > 1):
+    for stride, size in sorted(
+        (abs(stride), size) for stride, size in zip(strides, shape, strict=True) if size > 1
+    ):
         if stride < reach:
-            fail(OP, "layers", "tensors that do not overlap themselves in place", f"strides {tuple(strides)}")
+            fail(
+                OP,
+                "layers",
+                "tensors that do not overlap themselves in place",
+                f"strides {tuple(strides)}",
+            )
         reach = stride * (size - 1) + reach
 
 
 def distinct(addresses: Sequence[int]) -> None:
-    """Raises ValueError where two tensors are the same memory: in place it would be compacted twice."""
+    """Raises ValueError where two tensors are one memory: in place it would be compacted twice."""
     if len(set(addresses)) < len(addresses):
         fail(OP, "layers", "tensors that share no memory in place", "one of them twice")
 
 
 def _layers(layers: Any) -> list[Sequence[int]]:
     """(B, G, T) of every layer."""
-    if not isinstance(layers, (list, tuple)) or not layers or not all(isinstance(one, (list, tuple)) for one in layers):
+    if (
+        not isinstance(layers, (list, tuple))
+        or not layers
+        or not all(isinstance(one, (list, tuple)) for one in layers)
+    ):
         fail(OP, "layers", "a list of tuples (key, value, …), at least one", type(layers).__name__)
     per_layer = len(layers[0])
     if per_layer == 0:
@@ -63,7 +82,12 @@ def _layers(layers: Any) -> list[Sequence[int]]:
         for tensor in layer:
             rank(OP, "layers", tensor, 4)
             if tensor.shape[:3] != layer[0].shape[:3]:
-                fail(OP, "layers", f"(B, G, T, D) with one (B, G, T) per layer {tuple(layer[0].shape)}", tuple(tensor.shape))
+                fail(
+                    OP,
+                    "layers",
+                    f"(B, G, T, D) with one (B, G, T) per layer {tuple(layer[0].shape)}",
+                    tuple(tensor.shape),
+                )
             if getattr(tensor, "device", None) != device:
                 fail(OP, "layers", f"one device ({device})", tensor.device)
         shapes.append(layer[0].shape[:3])
@@ -72,8 +96,10 @@ def _layers(layers: Any) -> list[Sequence[int]]:
     return shapes
 
 
-def _rows(name: str, value: Any, shapes: list[Sequence[int]], device: Any, *, entries: bool = True) -> list[int]:
-    """Checks integers shared by all layers, or a list with one per layer; returns the entries per row of every layer."""
+def _rows(
+    name: str, value: Any, shapes: list[Sequence[int]], device: Any, *, entries: bool = True
+) -> list[int]:
+    """Checks integers shared by all layers or listed per layer; returns each layer's row length."""
     several = isinstance(value, (list, tuple))
     if several and len(value) != len(shapes):
         fail(OP, name, f"one tensor, or a list of one per layer ({len(shapes)})", len(value))
@@ -95,7 +121,14 @@ def _rows(name: str, value: Any, shapes: list[Sequence[int]], device: Any, *, en
     return counts
 
 
-def _rope(layers: Any, shapes: list[Sequence[int]], counts: list[int], rope: Any, device: Any, backend: str | None) -> None:
+def _rope(
+    layers: Any,
+    shapes: list[Sequence[int]],
+    counts: list[int],
+    rope: Any,
+    device: Any,
+    backend: str | None,
+) -> None:
     if not isinstance(rope, (list, tuple)) or len(rope) != 3:
         fail(OP, "rope", "(inv_freq, old_positions, new_positions)", type(rope).__name__)
     frequencies, *positions = rope
