@@ -63,6 +63,19 @@ def distinct(addresses: Sequence[int]) -> None:
         fail(OP, "layers", "tensors that share no memory in place", "one of them twice")
 
 
+def arrays(arrays: Sequence[Any], inplace: bool) -> None:
+    """Raises where NumPy arrays hold objects, or could not be written in place."""
+    for array in arrays:
+        if not hasattr(array, "__array_interface__") or array.dtype.hasobject:
+            fail(OP, "layers", "NumPy arrays of numbers", type(array).__name__, TypeError)
+        if inplace:
+            if not array.flags.writeable:
+                fail(OP, "layers", "writeable arrays in place", "a read-only one")
+            in_place(array.shape, [stride // array.itemsize for stride in array.strides])
+    if inplace:
+        distinct([array.__array_interface__["data"][0] for array in arrays if array.size])
+
+
 def _layers(layers: Any) -> list[Sequence[int]]:
     """(B, G, T) of every layer."""
     if (

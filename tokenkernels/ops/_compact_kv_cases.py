@@ -25,7 +25,7 @@ def _ragged(t: Make, tokens: Sequence[int], room: int, shape: tuple[int, ...]) -
         )
         kept = _kept(t, tokens[i % len(tokens)], count)
         rows.append(torch.cat((kept, kept.new_full((room - count,), -1))))
-    return torch.stack(rows).view(*shape, room)
+    return torch.stack(rows).view(*shape, room).clone()
 
 
 def _cache(t: Make, batch: int, heads: int, tokens: Sequence[int], channels: int) -> list[Any]:
