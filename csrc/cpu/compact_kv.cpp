@@ -1,4 +1,5 @@
-// Moves the kept positions of a key/value cache together: checks every index row, then copies or rotates rows, tensor by tensor.
+// Moves the kept positions of a key/value cache together: checks every index row, then copies or
+// rotates rows, tensor by tensor.
 #include "cpu/rows.h"
 #include "cpu/simd.h"
 
@@ -8,10 +9,14 @@ namespace {
 using Rows = CompactKv::Rows;
 using Index = CompactKv::Index;
 
-constexpr int64_t kChunkBytes = 1 << 16;    // of one tensor and head: what a thread copies between two looks at the work list
-constexpr int64_t kGrainBytes = 1 << 18;    // below this a second thread costs more than it saves
-constexpr int64_t kAheadBytes = 4096;       // how far ahead of the copy source rows are asked for
-constexpr int64_t kAngles = 256;            // angles whose cosine and sine are kept on the stack
+// What a thread copies of one tensor and head between two looks at the work list.
+constexpr int64_t kChunkBytes = 1 << 16;
+// Below this a second thread costs more than it saves.
+constexpr int64_t kGrainBytes = 1 << 18;
+// How far ahead of the copy rows are asked for, into the second cache and into the first.
+constexpr int64_t kFarBytes = 1 << 14, kNearBytes = 1 << 11;
+// Angles whose cosine and sine are kept on the stack.
+constexpr int64_t kAngles = 256;
 
 TK_INLINE int64_t at(const Rows& rows, int64_t b, int64_t g, int64_t i) {
   const int64_t offset = b * rows.batch_stride + g * rows.head_stride + i * rows.stride;
@@ -29,7 +34,8 @@ TK_INLINE int64_t row_of(const Rows& rows, int64_t b, int64_t g) {
 }
 
 // The first entry of a checked row, of `count`, whose value is at least `value`.
-TK_INLINE int64_t lower_bound(const Rows& kept, int64_t b, int64_t g, int64_t count, int64_t value) {
+TK_INLINE int64_t lower_bound(const Rows& kept, int64_t b, int64_t g, int64_t count,
+                              int64_t value) {
   int64_t low = 0;
   while (low < count) {
     const int64_t middle = low + (count - low) / 2;
@@ -42,7 +48,8 @@ TK_INLINE int64_t lower_bound(const Rows& kept, int64_t b, int64_t g, int64_t co
   return low;
 }
 
-// Checks one index row (ascending, -1 behind the last) and writes its length and where each slot is filled from.
+// Checks one index row (ascending, -1 behind the last) and writes its length and where each slot is
+// filled from.
 bool plan_row(const Index& index, int64_t row, bool fill) {
   const Rows& kept = index.kept;
   const int64_t b = row / kept.heads, g = row % kept.heads;
@@ -69,7 +76,8 @@ bool plan_row(const Index& index, int64_t row, bool fill) {
   return true;
 }
 
-constexpr const char* kBadIndex = "index: allowed ascending positions below the length, -1 behind the last, got others";
+constexpr const char* kBadIndex =
+    "index: allowed ascending positions below the length, -1 behind the last, got others";
 constexpr const char* kBadLengths = "lengths: allowed 0 … T, got others";
 constexpr const char* kBadPositions = "rope: allowed positions of 32 bits, got others";
 
@@ -136,35 +144,52 @@ struct Move {
   const int64_t* positions;
 };
 
-// Where the result is larger than the cache, rows far ahead are asked for: kept rows are too irregular for the processor to foresee.
-void copy_rows(const Move& move, int64_t begin, int64_t end, bool streaming) {
-  const int64_t ahead = larger<int64_t>(1, kAheadBytes / move.bytes);
+// Asks for the row that a slot will need: into the second cache from far, into the first from near.
+template <int kLocality>
+TK_INLINE void ask_for(const Move& move, int64_t slot, int64_t length) {
+  if (slot >= length) return;
+  const char* from = move.from + move.positions[slot] * move.from_row;
+  if (from == move.to + slot * move.to_row) return;
+  for (int64_t i = 0; i < move.bytes; i += 64) __builtin_prefetch(from + i, 0, kLocality);
+}
+
+// Where the result is larger than the cache, rows are asked for ahead of the copy: kept rows are
+// too irregular for the processor to foresee, and the second cache waits for more lines at once
+// than the first.
+void copy_rows(const Move& move, int64_t begin, int64_t end, int64_t length, bool streaming) {
+  const int64_t far = kFarBytes / move.bytes, near = kNearBytes / move.bytes;
+  if (streaming && begin == 0) {
+    for (int64_t slot = 0; slot < far; ++slot) ask_for<2>(move, slot, length);
+  }
   for (int64_t slot = begin; slot < end; ++slot) {
     if (streaming) {
-      const char* next = move.from + move.positions[smaller(slot + ahead, end - 1)] * move.from_row;
-      for (int64_t i = 0; i < move.bytes; i += 64) __builtin_prefetch(next + i, 0, 0);
+      ask_for<2>(move, slot + far, length);
+      ask_for<3>(move, slot + near, length);
     }
     const char* from = move.from + move.positions[slot] * move.from_row;
     char* to = move.to + slot * move.to_row;
     if (from != to) copy_row(to, from, move.bytes, streaming);
   }
-  if (streaming) streaming_done();
 }
 
 typedef double Doubles __attribute__((vector_size(8 * kLanes)));
 typedef int64_t Longs __attribute__((vector_size(8 * kLanes)));
 
-// Cosine and sine, error below 2 ulp of 1 while |angle| < 2^50: the multiple of π/2 is taken off in double.
+// Cosine and sine, error below 2 ulp of 1 while |angle| < 2^50: the multiple of π/2 is taken off in
+// double.
 TK_INLINE void cos_sin(Floats angle, Floats* cosine, Floats* sine) {
   const Doubles wide = __builtin_convertvector(angle, Doubles);
-  const Doubles shifted = wide * 0.63661977236758134308 + 6755399441055744.0;  // 1.5·2^52: rounds to an integer
+  const Doubles shifted =
+      wide * 0.63661977236758134308 + 6755399441055744.0;  // 1.5·2^52: rounds to an integer
   const Doubles turns = shifted - 6755399441055744.0;
   const Doubles rest = (wide - turns * 1.57079632679489655800) - turns * 6.12323399573676603587e-17;
   const Ints quadrant = __builtin_convertvector(reinterpret_cast<Longs>(shifted), Ints);
   const Floats r = __builtin_convertvector(rest, Floats);
   const Floats z = r * r;
   const Floats s = r + r * z * ((z * -1.9515295891e-4f + 8.3321608736e-3f) * z - 1.6666654611e-1f);
-  const Floats c = ((z * 2.443315711809948e-5f - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z - z * 0.5f + 1.0f;
+  const Floats c =
+      ((z * 2.443315711809948e-5f - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z -
+      z * 0.5f + 1.0f;
   const Ints odd = -(quadrant & 1);
   const Ints minus_sine = (quadrant & 2) << 30, minus_cosine = ((quadrant + 1) & 2) << 30;
   *sine = reinterpret_cast<Floats>(reinterpret_cast<Ints>(select(odd, c, s)) ^ minus_sine);
@@ -173,7 +198,8 @@ TK_INLINE void cos_sin(Floats angle, Floats* cosine, Floats* sine) {
 
 // Rotate-half pairs (i, half + i), `count` of them from `first`: to = from turned by the angles.
 template <class T>
-TK_INLINE void rotate_row(const T* from, T* to, int64_t half, int64_t count, const float* cosine, const float* sine) {
+TK_INLINE void rotate_row(const T* from, T* to, int64_t half, int64_t count, const float* cosine,
+                          const float* sine) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const int lanes = static_cast<int>(smaller<int64_t>(kLanes, count - i));
     const Floats x = load(from + i, lanes), y = load(from + half + i, lanes);
@@ -183,7 +209,8 @@ TK_INLINE void rotate_row(const T* from, T* to, int64_t half, int64_t count, con
   }
 }
 
-// The entry of the index that slot after slot was filled from: entries that stay and entries that move, each ascending.
+// The entry of the index that slot after slot was filled from: entries that stay and entries that
+// move, each ascending.
 struct Entries {
   const Rows& kept;
   int64_t b, g, beyond, stays, moves;
@@ -198,12 +225,16 @@ struct Entries {
     moves = beyond + (begin - stays);
   }
 
-  TK_INLINE int64_t next(int64_t slot, int64_t position) { return !fill || position == slot ? stays++ : moves++; }
+  TK_INLINE int64_t next(int64_t slot, int64_t position) {
+    return !fill || position == slot ? stays++ : moves++;
+  }
 };
 
-// Keys whose position does not change move as bytes, the others are turned by (new − old) · inv_freq.
+// Keys whose position does not change move as bytes, the others are turned by (new − old) ·
+// inv_freq.
 template <class T>
-void rotate_rows(const CompactKv& p, const Move& move, int64_t layer, int64_t b, int64_t g, int64_t begin, int64_t end) {
+void rotate_rows(const CompactKv& p, const Move& move, int64_t layer, int64_t b, int64_t g,
+                 int64_t begin, int64_t end) {
   const Rows& old_positions = of_layer(p.old_positions, p.old_count, layer);
   const Rows& new_positions = of_layer(p.new_positions, p.new_count, layer);
   const Index& index = of_layer(p.indices, p.index_count, layer);
@@ -237,7 +268,8 @@ void rotate_rows(const CompactKv& p, const Move& move, int64_t layer, int64_t b,
   }
 }
 
-// How one tensor's work is cut. In place and in order, rows must move one after the other: then the row itself is cut, in columns.
+// How one tensor's work is cut. In place and in order, rows must move one after the other: then the
+// row itself is cut, in columns.
 struct Cut {
   int64_t heads, slots, parts, part;  // part: slots of one unit, or bytes of a row
   bool columns, rotate;
@@ -250,7 +282,8 @@ TK_INLINE Cut cut(const CompactKv& p, int64_t tensor, int threads) {
   const bool rotate = p.inv_freq && tensor % p.per_layer == 0;
   if (p.in_place && !p.fill) {
     const int64_t rows = larger<int64_t>(1, p.batch * heads * p.layer_count * p.per_layer);
-    const int64_t wanted = rotate ? 1 : larger<int64_t>(1, smaller(ceil_div(threads, rows), bytes / 64));
+    const int64_t wanted =
+        rotate ? 1 : larger<int64_t>(1, smaller(ceil_div(threads, rows), bytes / 64));
     const int64_t part = larger<int64_t>(1, ceil_div(bytes / wanted, 64) * 64);
     return {heads, slots, larger<int64_t>(1, ceil_div(bytes, part)), part, true, rotate};
   }
@@ -266,17 +299,22 @@ void move_unit(const CompactKv& p, int64_t tensor, const Cut& cut, int64_t unit,
   const int64_t row = row_of(index.kept, b, g), length = index.lengths[row];
   const int64_t column = cut.columns ? part * cut.part : 0;
   const int64_t bytes = cut.columns ? smaller(cut.part, rows.row_bytes - column) : rows.row_bytes;
-  const Move move{static_cast<const char*>(rows.from) + b * rows.from_batch + g * rows.from_head + column,
-                  static_cast<char*>(rows.to) + b * rows.to_batch + g * rows.to_head + column,
-                  rows.from_row, rows.to_row, bytes, index.positions + row * cut.slots};
+  const Move move{
+      static_cast<const char*>(rows.from) + b * rows.from_batch + g * rows.from_head + column,
+      static_cast<char*>(rows.to) + b * rows.to_batch + g * rows.to_head + column,
+      rows.from_row,
+      rows.to_row,
+      bytes,
+      index.positions + row * cut.slots};
   const int64_t begin = cut.columns ? 0 : part * cut.part;
   const int64_t last = cut.columns ? cut.slots : smaller(begin + cut.part, cut.slots);
   const int64_t end = larger(begin, smaller(last, length));
   if (bytes == 0) return;
   if (cut.rotate) {
-    dispatch(p.key_dtype, [&](auto zero) { rotate_rows<decltype(zero)>(p, move, layer, b, g, begin, end); });
+    dispatch(p.key_dtype,
+             [&](auto zero) { rotate_rows<decltype(zero)>(p, move, layer, b, g, begin, end); });
   } else {
-    copy_rows(move, begin, end, streaming);
+    copy_rows(move, begin, end, length, streaming);
   }
   if (p.in_place) return;
   for (int64_t slot = end; slot < last; ++slot) {
@@ -308,6 +346,7 @@ Status compact_kv(const CompactKv& p, const Pool& pool) {
       }
       first += count;
     }
+    if (total > kStreamingBytes) streaming_done();
   });
   return Status::kOk;
 }

@@ -7,7 +7,8 @@ namespace {
 using Arrays = std::vector<array>;
 using Rows = CompactKv::Rows;
 
-// (), (B), (B, G) and one more dimension of entries where there is one; a missing dimension is shared.
+// (), (B), (B, G) and one more dimension of entries where there is one; a missing dimension is
+// shared.
 std::vector<Rows> rows_of(const Arrays& arrays, bool entries) {
   std::vector<Rows> result;
   for (const array& a : arrays) {
@@ -24,28 +25,38 @@ std::vector<Rows> rows_of(const Arrays& arrays, bool entries) {
   return result;
 }
 
-std::vector<py::ssize_t> shape_of(const array& a, int64_t dims) { return {a.shape(), a.shape() + dims}; }
-
-CompactKv::Tensor tensor_of(const array& from, array& to) {
-  return {from.data(),   to.mutable_data(), from.strides(0), from.strides(1), from.strides(2),
-          to.strides(0), to.strides(1),     to.strides(2),   from.shape(3) * from.itemsize()};
+std::vector<py::ssize_t> shape_of(const array& a, int64_t dims) {
+  return {a.shape(), a.shape() + dims};
 }
 
-// The arrays were checked by the Python front: shapes agree, integers are int64 or int32, frequencies contiguous float32.
-py::tuple compact_kv_numpy(const Arrays& tensors, const Arrays& index, const Arrays& lengths, int64_t per_layer, bool fill,
-                           bool in_place, const py::object& inv_freq, const Arrays& old_positions, const Arrays& new_positions) {
+CompactKv::Tensor tensor_of(const array& from, array& to) {
+  return {from.data(),     to.mutable_data(), from.strides(0),
+          from.strides(1), from.strides(2),   to.strides(0),
+          to.strides(1),   to.strides(2),     from.shape(3) * from.itemsize()};
+}
+
+// The arrays were checked by the Python front: shapes agree, integers are int64 or int32,
+// frequencies contiguous float32.
+py::tuple compact_kv_numpy(const Arrays& tensors, const Arrays& index, const Arrays& lengths,
+                           int64_t per_layer, bool fill, bool in_place, const py::object& inv_freq,
+                           const Arrays& old_positions, const Arrays& new_positions) {
   CompactKv p{};
-  const auto of_layer = [&](size_t t) { return index.size() == 1 ? 0 : t / static_cast<size_t>(per_layer); };
+  const auto of_layer = [&](size_t t) {
+    return index.size() == 1 ? 0 : t / static_cast<size_t>(per_layer);
+  };
   std::vector<CompactKv::Layer> layers;
   std::vector<CompactKv::Tensor> rows;
   Arrays from, to, new_lengths, positions;
   for (size_t t = 0; t < tensors.size(); ++t) {
     const array& tensor = tensors[t];
-    if (t % static_cast<size_t>(per_layer) == 0) layers.push_back({tensor.shape(1), tensor.shape(2)});
+    if (t % static_cast<size_t>(per_layer) == 0)
+      layers.push_back({tensor.shape(1), tensor.shape(2)});
     from.push_back(in_place ? tensor : rows_contiguous(tensor));
     const array& one = index[of_layer(t)];
     to.push_back(in_place ? tensor
-                          : empty({tensor.shape(0), tensor.shape(1), one.shape(one.ndim() - 1), tensor.shape(3)}, tensor.dtype()));
+                          : empty({tensor.shape(0), tensor.shape(1), one.shape(one.ndim() - 1),
+                                   tensor.shape(3)},
+                                  tensor.dtype()));
     rows.push_back(tensor_of(from.back(), to.back()));
   }
   std::vector<CompactKv::Index> indices;

@@ -9,12 +9,15 @@ using Rows = CompactKv::Rows;
 
 constexpr const char* kOp = "compact_kv";
 
-// (), (B), (B, G) and one more dimension, `entries` long, where there is one; a missing dimension is shared.
+// (), (B), (B, G) and one more dimension, `entries` long, where there is one; a missing dimension
+// is shared.
 Rows rows_of(const Tensor& tensor, bool entries, const char* name) {
   const ScalarType type = tensor.scalar_type();
   const int64_t last = tensor.dim() - (entries ? 1 : 0);
-  check(type == ScalarType::Long || type == ScalarType::Int, kOp, std::string(name) + ": allowed int64, int32");
-  check(last >= 0 && last <= 2, kOp, std::string(name) + ": allowed one row, one per sample, or one per head");
+  check(type == ScalarType::Long || type == ScalarType::Int, kOp,
+        std::string(name) + ": allowed int64, int32");
+  check(last >= 0 && last <= 2, kOp,
+        std::string(name) + ": allowed one row, one per sample, or one per head");
   Rows rows{tensor.data_ptr(), 1, 1, 1, 0, 0, 0, type == ScalarType::Long};
   if (last > 0) {
     rows.batch = tensor.size(0);
@@ -48,28 +51,36 @@ struct Call {
   Tensors outputs;
 };
 
-// Rows shared, or one for each of `batch` samples and `heads` heads; `count` entries, whatever it is where −1.
-void check_rows(const std::vector<Rows>& rows, size_t layer, int64_t batch, int64_t heads, int64_t count, const char* name) {
+// Rows shared, or one for each of `batch` samples and `heads` heads; `count` entries, whatever it
+// is where −1.
+void check_rows(const std::vector<Rows>& rows, size_t layer, int64_t batch, int64_t heads,
+                int64_t count, const char* name) {
   const Rows& one = rows[rows.size() == 1 ? 0 : layer];
-  check((one.batch_stride == 0 && one.batch == 1) || one.batch == batch, kOp, std::string(name) + ": allowed one row per sample");
-  check((one.head_stride == 0 && one.heads == 1) || one.heads == heads, kOp, std::string(name) + ": allowed one row per head");
-  check(count < 0 || one.count == count, kOp, std::string(name) + ": allowed one entry per index entry");
+  check((one.batch_stride == 0 && one.batch == 1) || one.batch == batch, kOp,
+        std::string(name) + ": allowed one row per sample");
+  check((one.head_stride == 0 && one.heads == 1) || one.heads == heads, kOp,
+        std::string(name) + ": allowed one row per head");
+  check(count < 0 || one.count == count, kOp,
+        std::string(name) + ": allowed one entry per index entry");
 }
 
 void check_count(size_t count, size_t layers, bool optional, const char* name) {
-  check(count == 1 || count == layers || (optional && count == 0), kOp, std::string(name) + ": allowed one, or one per layer");
+  check(count == 1 || count == layers || (optional && count == 0), kOp,
+        std::string(name) + ": allowed one, or one per layer");
 }
 
 void set_layers(const Tensors& tensors, int64_t per_layer, Call& call) {
-  check(per_layer > 0 && !tensors.empty() && static_cast<int64_t>(tensors.size()) % per_layer == 0, kOp,
-        "layers: allowed tuples of one length");
+  check(per_layer > 0 && !tensors.empty() && static_cast<int64_t>(tensors.size()) % per_layer == 0,
+        kOp, "layers: allowed tuples of one length");
   for (size_t t = 0; t < tensors.size(); ++t) {
     const Tensor& tensor = tensors[t];
     const Tensor& first = tensors[t - t % static_cast<size_t>(per_layer)];
-    check(tensor.dim() == 4 && tensor.size(0) == tensors[0].size(0) && tensor.size(1) == first.size(1) &&
-              tensor.size(2) == first.size(2),
-          kOp, "layers: allowed (B, G, T, D), the same B everywhere, the same G and T in one layer");
-    if (t % static_cast<size_t>(per_layer) == 0) call.layers.push_back({tensor.size(1), tensor.size(2)});
+    check(tensor.dim() == 4 && tensor.size(0) == tensors[0].size(0) &&
+              tensor.size(1) == first.size(1) && tensor.size(2) == first.size(2),
+          kOp,
+          "layers: allowed (B, G, T, D), the same B everywhere, the same G and T in one layer");
+    if (t % static_cast<size_t>(per_layer) == 0)
+      call.layers.push_back({tensor.size(1), tensor.size(2)});
   }
   call.p.batch = tensors[0].size(0);
   call.p.per_layer = per_layer;
@@ -77,16 +88,18 @@ void set_layers(const Tensors& tensors, int64_t per_layer, Call& call) {
 
 void set_rope(const Tensors& tensors, const std::optional<Tensor>& inv_freq, Call& call) {
   if (!inv_freq) return;
-  check(inv_freq->scalar_type() == ScalarType::Float && inv_freq->dim() == 1 && inv_freq->is_contiguous(), kOp,
-        "rope: allowed contiguous float32 frequencies");
+  check(inv_freq->scalar_type() == ScalarType::Float && inv_freq->dim() == 1 &&
+            inv_freq->is_contiguous(),
+        kOp, "rope: allowed contiguous float32 frequencies");
   check_count(call.old_positions.size(), call.layers.size(), false, "rope");
   check_count(call.new_positions.size(), call.layers.size(), false, "rope");
   call.p.inv_freq = static_cast<const float*>(inv_freq->data_ptr());
   call.p.half = inv_freq->size(0);
   call.p.key_dtype = dtype_of(tensors[0], kOp);
   for (size_t t = 0; t < tensors.size(); t += static_cast<size_t>(call.p.per_layer)) {
-    check(tensors[t].size(3) == 2 * call.p.half && tensors[t].scalar_type() == tensors[0].scalar_type(), kOp,
-          "rope: allowed keys of one dtype and twice as many channels as frequencies");
+    check(tensors[t].size(3) == 2 * call.p.half &&
+              tensors[t].scalar_type() == tensors[0].scalar_type(),
+          kOp, "rope: allowed keys of one dtype and twice as many channels as frequencies");
   }
 }
 
@@ -121,8 +134,10 @@ std::tuple<Tensor, Tensor> index_outputs(const Tensors& index, Call& call) {
     entries += one.kept.batch * one.kept.heads * one.kept.count;
   }
   const bool one_shape = index.size() == 1;
-  Tensor lengths = one_shape ? empty_like_index(index[0], index[0].dim() - 1) : empty({rows}, ScalarType::Long);
-  Tensor positions = one_shape ? empty_like_index(index[0], index[0].dim()) : empty({entries}, ScalarType::Long);
+  Tensor lengths =
+      one_shape ? empty_like_index(index[0], index[0].dim() - 1) : empty({rows}, ScalarType::Long);
+  Tensor positions =
+      one_shape ? empty_like_index(index[0], index[0].dim()) : empty({entries}, ScalarType::Long);
   auto* length = static_cast<int64_t*>(lengths.data_ptr());
   auto* position = static_cast<int64_t*>(positions.data_ptr());
   for (CompactKv::Index& one : call.indices) {
@@ -142,13 +157,14 @@ void set_tensors(Tensors& tensors, Call& call) {
     if (call.p.in_place) {
       check(count <= from.size(2), kOp, "index: allowed at most T entries in place");
     } else {
-      call.outputs.push_back(empty({from.size(0), from.size(1), count, from.size(3)}, from.scalar_type()));
+      call.outputs.push_back(
+          empty({from.size(0), from.size(1), count, from.size(3)}, from.scalar_type()));
     }
     const Tensor& to = call.p.in_place ? from : call.outputs.back();
     const auto bytes = static_cast<int64_t>(from.element_size());
-    call.tensors.push_back({from.data_ptr(), to.data_ptr(), from.stride(0) * bytes, from.stride(1) * bytes,
-                            from.stride(2) * bytes, to.stride(0) * bytes, to.stride(1) * bytes, to.stride(2) * bytes,
-                            from.size(3) * bytes});
+    call.tensors.push_back({from.data_ptr(), to.data_ptr(), from.stride(0) * bytes,
+                            from.stride(1) * bytes, from.stride(2) * bytes, to.stride(0) * bytes,
+                            to.stride(1) * bytes, to.stride(2) * bytes, from.size(3) * bytes});
   }
 }
 
@@ -171,14 +187,17 @@ void run(Call& call) {
   if (status != Status::kOk) check(status, p.in_place ? "compact_kv_" : kOp, complaint);
 }
 
-std::tuple<Tensors, Tensor, Tensor> compact(Tensors& tensors, const Tensors& index, const Tensors& lengths, int64_t per_layer,
-                                            bool fill, const std::optional<Tensor>& inv_freq, const Tensors& old_positions,
+std::tuple<Tensors, Tensor, Tensor> compact(Tensors& tensors, const Tensors& index,
+                                            const Tensors& lengths, int64_t per_layer, bool fill,
+                                            const std::optional<Tensor>& inv_freq,
+                                            const Tensors& old_positions,
                                             const Tensors& new_positions, bool in_place) {
   Call call;
   call.p.fill = fill;
   call.p.in_place = in_place;
   set_layers(tensors, per_layer, call);
-  for (const Tensor& one : index) call.indices.push_back({rows_of(one, true, "index"), nullptr, nullptr});
+  for (const Tensor& one : index)
+    call.indices.push_back({rows_of(one, true, "index"), nullptr, nullptr});
   call.lengths = rows_of(lengths, false, "lengths");
   call.old_positions = rows_of(old_positions, true, "rope");
   call.new_positions = rows_of(new_positions, true, "rope");
@@ -190,24 +209,27 @@ std::tuple<Tensors, Tensor, Tensor> compact(Tensors& tensors, const Tensors& ind
   return {std::move(call.outputs), new_lengths, positions};
 }
 
-std::tuple<Tensors, Tensor, Tensor> compact_kv_cpu(Tensors tensors, Tensors index, Tensors lengths, int64_t per_layer, bool fill,
-                                                   std::optional<Tensor> inv_freq, Tensors old_positions,
-                                                   Tensors new_positions) {
+std::tuple<Tensors, Tensor, Tensor> compact_kv_cpu(Tensors tensors, Tensors index, Tensors lengths,
+                                                   int64_t per_layer, bool fill,
+                                                   std::optional<Tensor> inv_freq,
+                                                   Tensors old_positions, Tensors new_positions) {
   for (Tensor& tensor : tensors) {
     if (tensor.dim() == 4) tensor = rows_contiguous(tensor);
   }
-  return compact(tensors, index, lengths, per_layer, fill, inv_freq, old_positions, new_positions, false);
+  return compact(tensors, index, lengths, per_layer, fill, inv_freq, old_positions, new_positions,
+                 false);
 }
 
-std::tuple<Tensor, Tensor> compact_kv_in_place_cpu(Tensors tensors, Tensors index, Tensors lengths, int64_t per_layer, bool fill,
-                                                   std::optional<Tensor> inv_freq, Tensors old_positions,
-                                                   Tensors new_positions) {
+std::tuple<Tensor, Tensor> compact_kv_in_place_cpu(Tensors tensors, Tensors index, Tensors lengths,
+                                                   int64_t per_layer, bool fill,
+                                                   std::optional<Tensor> inv_freq,
+                                                   Tensors old_positions, Tensors new_positions) {
   for (const Tensor& tensor : tensors) {
     check(tensor.dim() == 4 && (tensor.stride(3) == 1 || tensor.size(3) <= 1), "compact_kv_",
           "layers: allowed (B, G, T, D) with a contiguous last dimension in place");
   }
-  auto [outputs, new_lengths, positions] =
-      compact(tensors, index, lengths, per_layer, fill, inv_freq, old_positions, new_positions, true);
+  auto [outputs, new_lengths, positions] = compact(tensors, index, lengths, per_layer, fill,
+                                                   inv_freq, old_positions, new_positions, true);
   return {new_lengths, positions};
 }
 
