@@ -1,4 +1,4 @@
-"""Compacting in place has no peer of its own: the same ones as out of place, which need new memory."""
+"""Compacting in place has no peer of its own: those out of place, which need new memory."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from . import dtype, fail, floating, rank, same_dtype
+from . import DTYPES, dtype, fail, floating, rank, same_dtype
 
 OP = "compact_kv"
 INTEGERS = ("int64", "int32")
@@ -34,9 +34,9 @@ def check(
     if rope is not None:
         _rope(layers, shapes, counts, rope, device, backend)
     if inplace:
-        for (_, _, tokens), count in zip(shapes, counts, strict=True):
-            if count > tokens:
-                fail(OP, "index", f"at most T = {tokens} entries in place", count)
+        for layer, shape in enumerate(shapes):
+            if counts[layer if len(counts) > 1 else 0] > shape[2]:
+                fail(OP, "index", f"at most T = {shape[2]} entries in place", max(counts))
 
 
 def in_place(shape: Sequence[int], strides: Sequence[int]) -> None:
@@ -88,50 +88,55 @@ def _layers(layers: Any) -> list[Sequence[int]]:
     if per_layer == 0:
         fail(OP, "layers", "at least one tensor per layer", "an empty tuple")
     device = getattr(layers[0][0], "device", None)
-    shapes = []
+    shapes: list[Sequence[int]] = []
     for layer in layers:
         if len(layer) != per_layer:
             fail(OP, "layers", f"{per_layer} tensors in every layer", len(layer))
+        first = getattr(layer[0], "shape", ())
         for tensor in layer:
-            rank(OP, "layers", tensor, 4)
-            if tensor.shape[:3] != layer[0].shape[:3]:
-                fail(
-                    OP,
-                    "layers",
-                    f"(B, G, T, D) with one (B, G, T) per layer {tuple(layer[0].shape)}",
-                    tuple(tensor.shape),
-                )
+            shape = getattr(tensor, "shape", ())
+            if len(shape) != 4:
+                rank(OP, "layers", tensor, 4)
+            if shape != first and shape[:3] != first[:3]:
+                fail(OP, "layers", f"(B, G, T) as the first of its layer {tuple(first[:3])}", shape)
             if getattr(tensor, "device", None) != device:
                 fail(OP, "layers", f"one device ({device})", tensor.device)
-        shapes.append(layer[0].shape[:3])
-        if shapes[-1][0] != shapes[0][0]:
-            fail(OP, "layers", f"one batch size B = {shapes[0][0]}", shapes[-1][0])
+        shapes.append(first)
+        if first[0] != shapes[0][0]:
+            fail(OP, "layers", f"one batch size B = {shapes[0][0]}", first[0])
     return shapes
 
 
 def _rows(
     name: str, value: Any, shapes: list[Sequence[int]], device: Any, *, entries: bool = True
 ) -> list[int]:
-    """Checks integers shared by all layers or listed per layer; returns each layer's row length."""
+    """Checks integers shared by all layers or listed per layer; returns how long their rows are."""
     several = isinstance(value, (list, tuple))
+    listed = value if several else (value,)
     if several and len(value) != len(shapes):
         fail(OP, name, f"one tensor, or a list of one per layer ({len(shapes)})", len(value))
     counts = []
-    for layer, (batch, heads, _) in enumerate(shapes):
-        one = value[layer] if several else value
-        if several or layer == 0:
+    for layer, one in enumerate(listed):
+        if getattr(one, "dtype", None) is None or DTYPES.get(one.dtype) not in INTEGERS:
             dtype(OP, name, one, INTEGERS)
-            rank(OP, name, one, *((1, 2, 3) if entries else (0, 1, 2)))
-            if getattr(one, "device", None) != device:
-                fail(OP, name, f"the device of layers ({device})", one.device)
+        if getattr(one, "device", None) != device:
+            fail(OP, name, f"the device of layers ({device})", one.device)
         shape = one.shape
         leading = len(shape) - entries
-        if (leading > 0 and shape[0] != batch) or (leading > 1 and shape[1] != heads):
-            last = ", M" if entries else ""
-            allowed = f"shape ({last[2:]}), (B{last}) or (B, G{last}) with B = {batch}, G = {heads}"
-            fail(OP, name, allowed, f"shape {tuple(shape)}")
+        if not 0 <= leading <= 2:
+            rank(OP, name, one, *((1, 2, 3) if entries else (0, 1, 2)))
+        if leading:
+            for whole in shapes[layer : layer + 1] if several or leading == 1 else shapes:
+                if shape[:leading] != whole[:leading]:
+                    _refuse_rows(name, shape, whole, entries)
         counts.append(shape[-1] if entries else 1)
     return counts
+
+
+def _refuse_rows(name: str, shape: Any, whole: Sequence[int], entries: bool) -> None:
+    last = ", M" if entries else ""
+    allowed = f"shape ({last[2:]}), (B{last}) or (B, G{last}) with B = {whole[0]}, G = {whole[1]}"
+    fail(OP, name, allowed, f"shape {tuple(shape)}")
 
 
 def _rope(
@@ -156,5 +161,6 @@ def _rope(
         if layer[0].shape[3] != 2 * frequencies.shape[0]:
             fail(OP, "rope", f"D / 2 = {layer[0].shape[3] / 2:g} frequencies", frequencies.shape[0])
     for rows in positions:
-        if _rows("rope", rows, shapes, device) != counts:
+        found, layers_count = _rows("rope", rows, shapes, device), len(shapes)
+        if found * (layers_count // len(found)) != counts * (layers_count // len(counts)):
             fail(OP, "rope", "one position per index entry", "another number")

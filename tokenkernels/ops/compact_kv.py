@@ -27,7 +27,7 @@ class Compacted(NamedTuple):
     layers: list[tuple[Tensor, ...]]
     """Per layer its tensors, (B, G, M, D) each; in place these are views of the inputs."""
     lengths: Tensor | list[Tensor]
-    """How many positions each index row keeps, int64, shaped as the index but its last dimension."""
+    """How many positions each index row keeps, int64, shaped as the index without its last one."""
     positions: Tensor | list[Tensor]
     """The position each slot was filled from, int64, shaped as the index; -1 behind the last."""
 
@@ -94,49 +94,35 @@ def compact_kv(
     """
     check.check(layers, index, lengths, inplace, order, rope, backend)
     tensors = [tensor for layer in layers for tensor in layer]
-    rows = _listed(index)
-    inv_freq, old, new = rope or (None, (), ())
+    per_layer, rows = len(layers[0]), _listed(index)
+    inv_freq, old, new = rope or (None, None, None)
     if inv_freq is not None:
         inv_freq = inv_freq.float().contiguous()
     arguments = (
-        rows,
-        _listed(lengths),
-        len(layers[0]),
-        order == "fill",
-        inv_freq,
-        _listed(old),
-        _listed(new),
-    )
+        rows, _listed(lengths), per_layer, order == "fill", inv_freq, _listed(old), _listed(new)
+    )  # fmt: skip
     device = tensors[0].device.type
     if inplace:
         _check_in_place(tensors)
         counts, positions = IN_PLACE(backend, device, tensors, *arguments)
-        per_layer = len(layers[0])
+        room = [one.shape[-1] for one in rows]
         moved = [
-            _head(tensor, rows[0 if len(rows) == 1 else i // per_layer].shape[-1])
-            for i, tensor in enumerate(tensors)
+            t.narrow(2, 0, room[i // per_layer if len(room) > 1 else 0])
+            for i, t in enumerate(tensors)
         ]
     else:
         moved, counts, positions = OP(backend, device, tensors, *arguments)
-    results = iter(moved)
-    compacted = [tuple(next(results) for _ in layer) for layer in layers]
-    if isinstance(index, Tensor):
+    compacted = [tuple(moved[i : i + per_layer]) for i in range(0, len(moved), per_layer)]
+    if rows is not index:
         return Compacted(compacted, counts, positions)
-    return Compacted(
-        compacted,
-        _unpacked(counts, [i.shape[:-1] for i in rows]),
-        _unpacked(positions, [i.shape for i in rows]),
-    )
+    lengths = _unpacked(counts, [one.shape[:-1] for one in rows])
+    return Compacted(compacted, lengths, _unpacked(positions, [one.shape for one in rows]))
 
 
-def _listed(value: PerLayer | None) -> list[Tensor]:
+def _listed(value: PerLayer | None) -> Sequence[Tensor]:
     if value is None:
-        return []
-    return [value] if isinstance(value, Tensor) else list(value)
-
-
-def _head(tensor: Tensor, count: int) -> Tensor:
-    return tensor.narrow(2, 0, count)
+        return ()
+    return value if isinstance(value, (list, tuple)) else (value,)
 
 
 def _unpacked(packed: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
