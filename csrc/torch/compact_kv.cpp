@@ -9,15 +9,17 @@ using Rows = CompactKv::Rows;
 
 constexpr const char* kOp = "compact_kv";
 
+void allow(bool good, const char* name, const char* rule) {
+  if (!good) check(false, kOp, std::string(name) + ": allowed " + rule);
+}
+
 // (), (B), (B, G) and one more dimension, `entries` long, where there is one; a missing dimension
 // is shared.
 Rows rows_of(const Tensor& tensor, bool entries, const char* name) {
   const ScalarType type = tensor.scalar_type();
   const int64_t last = tensor.dim() - (entries ? 1 : 0);
-  check(type == ScalarType::Long || type == ScalarType::Int, kOp,
-        std::string(name) + ": allowed int64, int32");
-  check(last >= 0 && last <= 2, kOp,
-        std::string(name) + ": allowed one row, one per sample, or one per head");
+  allow(type == ScalarType::Long || type == ScalarType::Int, name, "int64, int32");
+  allow(last >= 0 && last <= 2, name, "one row, one per sample, or one per head");
   Rows rows{tensor.data_ptr(), 1, 1, 1, 0, 0, 0, type == ScalarType::Long};
   if (last > 0) {
     rows.batch = tensor.size(0);
@@ -56,17 +58,14 @@ struct Call {
 void check_rows(const std::vector<Rows>& rows, size_t layer, int64_t batch, int64_t heads,
                 int64_t count, const char* name) {
   const Rows& one = rows[rows.size() == 1 ? 0 : layer];
-  check((one.batch_stride == 0 && one.batch == 1) || one.batch == batch, kOp,
-        std::string(name) + ": allowed one row per sample");
-  check((one.head_stride == 0 && one.heads == 1) || one.heads == heads, kOp,
-        std::string(name) + ": allowed one row per head");
-  check(count < 0 || one.count == count, kOp,
-        std::string(name) + ": allowed one entry per index entry");
+  allow((one.batch_stride == 0 && one.batch == 1) || one.batch == batch, name,
+        "one row per sample");
+  allow((one.head_stride == 0 && one.heads == 1) || one.heads == heads, name, "one row per head");
+  allow(count < 0 || one.count == count, name, "one entry per index entry");
 }
 
 void check_count(size_t count, size_t layers, bool optional, const char* name) {
-  check(count == 1 || count == layers || (optional && count == 0), kOp,
-        std::string(name) + ": allowed one, or one per layer");
+  allow(count == 1 || count == layers || (optional && count == 0), name, "one, or one per layer");
 }
 
 void set_layers(const Tensors& tensors, int64_t per_layer, Call& call) {

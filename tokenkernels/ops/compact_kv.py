@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._op import Case, Op
+from .._op import Op
+from ..cases import compact_kv as cases
 from ..checks import compact_kv as check
-from . import _compact_kv_cases as cases
 
 Layers = Sequence[Sequence[Tensor]]
 PerLayer = Tensor | Sequence[Tensor]
@@ -281,11 +281,7 @@ OP = Op(
     reference=_reference,
     fake=_fake,
     function=compact_kv,
-    cases=[
-        *cases.small(inplace=False),
-        Case("llm 32x1x8x8192x128 -> 4096", cases.cache_of(32, 1, 8, 8192, 4096), ("bench",)),
-        Case("mustdrop 13x1x32x640x128 -> 109", cases.cache_of(13, 1, 32, 640, 109), ("bench",)),
-    ],
+    cases=cases.CASES,
     bad=cases.BAD,
     cost=cases.cost,
     batch=("layers", "index", "lengths"),
@@ -296,17 +292,7 @@ IN_PLACE = Op(
     reference=_reference_in_place,
     fake=_fake_in_place,
     function=compact_kv,
-    cases=[
-        *cases.small(inplace=True),
-        *(
-            Case(
-                f"llm 32x1x8x8192x128 -> 4096 {order}",
-                cases.cache_of(32, 1, 8, 8192, 4096, order=order, inplace=True),
-                ("bench", "inplace"),
-            )
-            for order in ("stable", "fill")
-        ),
-    ],
+    cases=cases.CASES_IN_PLACE,
     bad=[*cases.BAD, *cases.BAD_IN_PLACE],
     cost=cases.cost,
     batch=("layers", "index", "lengths"),

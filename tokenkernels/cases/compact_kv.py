@@ -1,4 +1,4 @@
-"""Inputs of compact_kv: what tests and benchmarks call it with, what it refuses, what it moves."""
+"""The caches that compact_kv is tried on, the calls it refuses, and what a call must move."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._op import Case, Make
+from .._case import Bad, Case, Make
 
 
 def _kept(t: Make, tokens: int, count: int) -> Tensor:
@@ -119,7 +119,7 @@ _MAKES: dict[str, tuple[Any, tuple[str, ...]]] = {
 }
 
 
-def cache_of(
+def _cache_of(
     layers: int, batch: int, heads: int, tokens: int, kept: int, channels: int = 128, **options: Any
 ) -> Any:
     """Every layer in memory of its own, filled from one draw."""
@@ -132,7 +132,7 @@ def cache_of(
     return make
 
 
-def small(inplace: bool) -> list[Case]:
+def _small(inplace: bool) -> list[Case]:
     cases = []
     for name, (make, tags) in _MAKES.items():
         for order in ("stable", "fill"):
@@ -177,7 +177,7 @@ def _first_index(kwargs: dict[str, Any], value: int) -> dict[str, Any]:
 
 
 _BAD_INDEX = "compact_kv_?: index: allowed ascending positions below the length"
-BAD: list[Any] = [
+BAD: list[Bad] = [
     (lambda kw: _first_index(kw, 24), ValueError, _BAD_INDEX),
     (lambda kw: _first_index(kw, -1), ValueError, _BAD_INDEX),
     (lambda kw: _first_index(kw, -7), ValueError, _BAD_INDEX),
@@ -263,7 +263,7 @@ BAD: list[Any] = [
         'backend="reference"',
     ),
 ]
-BAD_IN_PLACE: list[Any] = [
+BAD_IN_PLACE: list[Bad] = [
     (
         lambda kw: {"layers": [tuple(t.mT.contiguous().mT for t in kw["layers"][0])]},
         ValueError,
@@ -279,5 +279,23 @@ BAD_IN_PLACE: list[Any] = [
         lambda kw: {"index": torch.cat([kw["index"]] * 3, 1)},
         ValueError,
         "at most T = 30 entries in place",
+    ),
+]
+
+CASES = [
+    *_small(inplace=False),
+    Case("llm 32x1x8x8192x128 -> 4096", _cache_of(32, 1, 8, 8192, 4096), ("bench",)),
+    Case("mustdrop 13x1x32x640x128 -> 109", _cache_of(13, 1, 32, 640, 109), ("bench",)),
+]
+
+CASES_IN_PLACE = [
+    *_small(inplace=True),
+    *(
+        Case(
+            f"llm 32x1x8x8192x128 -> 4096 {order}",
+            _cache_of(32, 1, 8, 8192, 4096, order=order, inplace=True),
+            ("bench", "inplace"),
+        )
+        for order in ("stable", "fill")
     ),
 ]
