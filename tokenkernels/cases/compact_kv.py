@@ -211,7 +211,7 @@ BAD: list[Bad] = [
         "compact_kv: index: allowed one tensor, or a list",
     ),
     (lambda kw: {"layers": []}, ValueError, "compact_kv: layers: allowed a list of tuples"),
-    (lambda kw: {"layers": [()]}, ValueError, "compact_kv: layers: allowed at least one tensor"),
+    (lambda kw: {"layers": [()]}, ValueError, "compact_kv: layers: allowed a list of tuples"),
     (
         lambda kw: {"layers": kw["layers"][0]},
         ValueError,

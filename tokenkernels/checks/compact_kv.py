@@ -77,21 +77,16 @@ def arrays(arrays: Sequence[Any], inplace: bool) -> None:
 
 
 def _layers(layers: Any) -> list[Sequence[int]]:
-    """(B, G, T) of every layer."""
-    if (
-        not isinstance(layers, (list, tuple))
-        or not layers
-        or not all(isinstance(one, (list, tuple)) for one in layers)
-    ):
+    """(B, G, T, …) of every layer."""
+    if not isinstance(layers, (list, tuple)) or not layers:
         fail(OP, "layers", "a list of tuples (key, value, …), at least one", type(layers).__name__)
-    per_layer = len(layers[0])
-    if per_layer == 0:
-        fail(OP, "layers", "at least one tensor per layer", "an empty tuple")
-    device = getattr(layers[0][0], "device", None)
+    device: Any = None
     shapes: list[Sequence[int]] = []
     for layer in layers:
-        if len(layer) != per_layer:
-            fail(OP, "layers", f"{per_layer} tensors in every layer", len(layer))
+        if not isinstance(layer, (list, tuple)) or not layer:
+            fail(OP, "layers", "a list of tuples (key, value, …)", f"{type(layer).__name__} in it")
+        if len(layer) != len(layers[0]):
+            fail(OP, "layers", f"{len(layers[0])} tensors in every layer", len(layer))
         first = getattr(layer[0], "shape", ())
         for tensor in layer:
             shape = getattr(tensor, "shape", ())
@@ -99,8 +94,10 @@ def _layers(layers: Any) -> list[Sequence[int]]:
                 rank(OP, "layers", tensor, 4)
             if shape != first and shape[:3] != first[:3]:
                 fail(OP, "layers", f"(B, G, T) as the first of its layer {tuple(first[:3])}", shape)
-            if getattr(tensor, "device", None) != device:
-                fail(OP, "layers", f"one device ({device})", tensor.device)
+            here = getattr(tensor, "device", None)
+            device = device or here
+            if here != device:
+                fail(OP, "layers", f"one device ({device})", here)
         shapes.append(first)
         if first[0] != shapes[0][0]:
             fail(OP, "layers", f"one batch size B = {shapes[0][0]}", first[0])
