@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import checks
+from .checks import compact_kv as _check_compact_kv
 from .checks.gather_topk import gather_topk as _check_gather_topk
 from .checks.score_attention import score_attention as _check_score_attention
 from .checks.merge_adjacent import merge_adjacent as _check_merge_adjacent
@@ -171,3 +172,45 @@ def merge_runs(
     """Merges every run of alike neighbours; see `tokenkernels.merge_runs`."""
     _check_merge_runs(x, threshold, max_run, size, prefix, padded)
     return Merged(*_core.merge_runs(x, threshold, max_run, size, prefix, padded))
+class Compacted(NamedTuple):
+    """What compact_kv returns."""
+
+    layers: list[tuple[Array, ...]]
+    lengths: Any
+    positions: Any
+
+
+def compact_kv(
+    layers: Sequence[Sequence[Array]],
+    index: Array | Sequence[Array],
+    *,
+    lengths: Array | Sequence[Array] | None = None,
+    inplace: bool = False,
+    order: str = "stable",
+    rope: tuple[Array, Any, Any] | None = None,
+) -> Compacted:
+    """Moves the kept positions of a key/value cache together; see `tokenkernels.compact_kv`."""
+    _check_compact_kv.check(layers, index, lengths, inplace, order, rope)
+    arrays = [array for layer in layers for array in layer]
+    _check_compact_kv.arrays(arrays, inplace)
+    rows, per_layer = _listed(index), len(layers[0])
+    inv_freq, old, new = rope or (None, (), ())
+    if inv_freq is not None:
+        inv_freq = np.ascontiguousarray(inv_freq, np.float32)
+    moved, counts, positions = _core.compact_kv(
+        arrays, rows, _listed(lengths), per_layer, order == "fill", inplace, inv_freq, _listed(old), _listed(new)
+    )  # fmt: skip
+    if inplace:
+        of_layer = [rows[0 if len(rows) == 1 else i // per_layer] for i in range(len(arrays))]
+        moved = [array[:, :, : one.shape[-1]] for array, one in zip(arrays, of_layer, strict=True)]
+    results = iter(moved)
+    compacted = [tuple(next(results) for _ in layer) for layer in layers]
+    if isinstance(index, (list, tuple)):
+        return Compacted(compacted, counts, positions)
+    return Compacted(compacted, counts[0], positions[0])
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
