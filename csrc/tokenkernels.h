@@ -177,45 +177,49 @@ struct MergeBackward {
 // kBadValue: an index outside [0, rows).
 Status merge_backward(const MergeBackward& params, const Pool& pool);
 int64_t merge_backward_scratch(const MergeBackward& params, int threads);
-// compact_kv: the kept positions of a key/value cache move together, all layers in one call. Rows are bytes, whatever the dtype; with
-// `inv_freq` the first tensor of every layer (the keys) is rotated by the difference of two positions on the way. Out of place the rows
-// behind the kept ones become zero; in place they keep their bytes. Nothing moves before every value has been found good.
+// compact_kv: the kept positions of a key/value cache move together, all layers in one call. Rows
+// are bytes, whatever the dtype; with `inv_freq` the first tensor of every layer (the keys) is
+// rotated by the difference of two positions on the way. Out of place the rows behind the kept ones
+// become zero; in place they keep their bytes. Nothing moves before every value is found good.
 struct CompactKv {
-  struct Rows {                // integers (batch, heads, count), int64 or int32; strides in elements, 0 where a dimension is shared
+  // Integers (batch, heads, count), int64 (`wide`) or int32; strides in elements.
+  struct Rows {
     const void* values;
-    int64_t batch, heads, count;  // batch and heads are 1 where shared
-    int64_t batch_stride, head_stride, stride;
-    bool wide;                 // int64
+    int64_t batch, heads, count;                  // batch and heads are 1 where shared
+    int64_t batch_stride, head_stride, stride;    // 0 where shared
+    bool wide;
   };
   struct Index {
-    Rows kept;                 // ascending, -1 behind the last
-    int64_t* lengths;          // out: (batch, heads)
-    int64_t* positions;        // out: (batch, heads, count): the position each slot was filled from, -1 behind the last
+    Rows kept;           // ascending, -1 behind the last
+    int64_t* lengths;    // out: (batch, heads)
+    int64_t* positions;  // out: (batch, heads, count), where each slot comes from, -1 behind
   };
   struct Layer {
-    int64_t heads, tokens;     // G, T
+    int64_t heads, tokens;  // G, T
   };
-  struct Tensor {              // strides in bytes
-    const void* from;          // (B, G, T, row_bytes)
-    void* to;                  // (B, G, count, row_bytes); in place: `from` with its strides
+  // Strides in bytes.
+  struct Tensor {
+    const void* from;  // (B, G, T, row_bytes)
+    void* to;          // (B, G, count, row_bytes); in place: `from` with its strides
     int64_t from_batch, from_head, from_row;
     int64_t to_batch, to_head, to_row;
     int64_t row_bytes;
   };
+
   const Layer* layers;
-  const Tensor* tensors;       // layer_count × per_layer
-  const Index* indices;        // one for all layers, or one per layer; so are the next three
-  const Rows* lengths;         // current lengths, count 1; null: every row is T long
-  const Rows* old_positions;   // of each kept entry, null without rotation
+  const Tensor* tensors;      // layer_count × per_layer
+  const Index* indices;       // one for all layers, or one per layer; so are the next three
+  const Rows* lengths;        // current lengths, count 1; null: every row is T long
+  const Rows* old_positions;  // of each kept entry; read only with inv_freq
   const Rows* new_positions;
   int64_t layer_count, per_layer, index_count, length_count, old_count, new_count;
   int64_t batch;
-  const float* inv_freq;       // (half), null: keys are not rotated
-  int64_t half;                // D / 2
-  DType key_dtype;             // read only with inv_freq
-  bool fill;                   // kept rows beyond the new length move into the holes below it; else ascending order is kept
+  const float* inv_freq;  // (half), null: keys are not rotated
+  int64_t half;           // D / 2
+  DType key_dtype;        // read only with inv_freq
+  bool fill;      // kept rows beyond the new length move into the holes below it; else ascending
   bool in_place;
-  const char** complaint;      // out: with Status::kBadValue, which values were bad, in words
+  const char** complaint;  // out: with Status::kBadValue, which values were bad, in words
 };
 
 Status compact_kv(const CompactKv& params, const Pool& pool);

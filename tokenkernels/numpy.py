@@ -95,7 +95,18 @@ def score_attention(
 ) -> Array | tuple[Array, Array]:
     """Scores every key by the attention that it receives from the rows of `query`; see `tokenkernels.score_attention`."""
     first, end, total, top = _check_score_attention(
-        query, key, scale, query_positions, causal, key_lengths, lse, columns, row_weights, heads, reduce, pool
+        query,
+        key,
+        scale,
+        query_positions,
+        causal,
+        key_lengths,
+        lse,
+        columns,
+        row_weights,
+        heads,
+        reduce,
+        pool,
     )
     outputs = _core.score_attention(
         query, key, query.shape[3] ** -0.5 if scale is None else scale, causal, _plain(query_positions, np.int64),
@@ -107,6 +118,8 @@ def score_attention(
 
 def _plain(x: Array | None, dtype: Any) -> Array | None:
     return None if x is None else np.ascontiguousarray(x, dtype)
+
+
 class Merged(NamedTuple):
     """What merge_adjacent and merge_runs return."""
 
@@ -172,6 +185,8 @@ def merge_runs(
     """Merges every run of alike neighbours; see `tokenkernels.merge_runs`."""
     _check_merge_runs(x, threshold, max_run, size, prefix, padded)
     return Merged(*_core.merge_runs(x, threshold, max_run, size, prefix, padded))
+
+
 class Compacted(NamedTuple):
     """What compact_kv returns."""
 
@@ -198,7 +213,8 @@ def compact_kv(
     if inv_freq is not None:
         inv_freq = np.ascontiguousarray(inv_freq, np.float32)
     moved, counts, positions = _core.compact_kv(
-        arrays, rows, _listed(lengths), per_layer, order == "fill", inplace, inv_freq, _listed(old), _listed(new)
+        arrays, rows, _listed(lengths), per_layer, order == "fill", inplace,
+        inv_freq, _listed(old), _listed(new),
     )  # fmt: skip
     if inplace:
         of_layer = [rows[0 if len(rows) == 1 else i // per_layer] for i in range(len(arrays))]
