@@ -37,10 +37,11 @@ MergeAdjacent params_of(const Tensor& x, const std::vector<int64_t>& grid,
 
 void set_counts(const std::vector<int64_t>& counts, MergeAdjacent& p) {
   const char* op = "merge_adjacent";
-  check(counts.size() == 1 || static_cast<int64_t>(counts.size()) == p.batch, op,
+  const auto size = static_cast<int64_t>(counts.size());
+  check(size == 1 || (size > 1 && size == p.batch), op,
         "num_windows: allowed one int or one per image");
   p.counts = counts.data();
-  p.counts_stride = counts.size() == 1 ? 0 : 1;
+  p.counts_stride = size == 1 ? 0 : 1;
   int64_t windows = 1;
   for (int axis = 0; axis < 3; ++axis) windows *= p.grid[axis] / p.window[axis];
   for (const int64_t count : counts) {
@@ -50,7 +51,7 @@ void set_counts(const std::vector<int64_t>& counts, MergeAdjacent& p) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> merge_adjacent_cpu(
     Tensor x, std::vector<int64_t> grid, std::vector<int64_t> window,
-    std::optional<double> threshold, std::vector<int64_t> counts, bool dense,
+    std::optional<double> threshold, std::optional<std::vector<int64_t>> counts, bool dense,
     std::optional<Tensor> size, int64_t prefix, bool by_similarity) {
   const char* op = "merge_adjacent";
   x = rows_contiguous(x);
@@ -58,16 +59,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_adjacent_cpu(
   const int64_t length = x.size(1), saved = p.window[0] * p.window[1] * p.window[2] - 1;
   set_size(size, p.batch, length, op, p);
   p.threshold = static_cast<float>(threshold.value_or(0));
-  p.uniform = dense && threshold;
+  p.uniform = dense && !counts;
   p.by_similarity = by_similarity;
   p.packed = !dense;
   int64_t rows = p.batch * length, each = length;  // at most, where a threshold decides
-  if (!threshold) {
-    set_counts(counts, p);
-    each -= counts[0] * saved;
+  if (counts) {
+    set_counts(*counts, p);
+    each -= (*counts)[0] * saved;
     for (int64_t b = 0; b < p.batch; ++b) rows -= p.counts[b * p.counts_stride] * saved;
   }
-  const bool flat = !dense || threshold;
+  const bool flat = !dense || !counts;
   Tensor tokens = flat ? empty({rows, p.channels}, x.scalar_type())
                        : empty({p.batch, each, p.channels}, x.scalar_type());
   Tensor sizes =

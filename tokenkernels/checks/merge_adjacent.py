@@ -20,8 +20,10 @@ def merge_adjacent(
     order: Any,
     batch: Any,
     backend: str | None = None,
-) -> list[int]:
-    """Raises where an argument is off; returns how many windows merge: one int, or one per image."""
+) -> list[int] | None:
+    """Raises where an argument is off; returns how many windows merge: one int, one per image, or
+    None with a threshold.
+    """
     known = floating(OP, "x", x, backend)
     rank(OP, "x", x, 3)
     integer(OP, "prefix", prefix, 0)
@@ -55,7 +57,7 @@ def merge_adjacent(
         )
     if num_windows is None:
         number(OP, "threshold", threshold)
-        return [0]
+        return None
     return _counts(num_windows, images, windows, batch)
 
 

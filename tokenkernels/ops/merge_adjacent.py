@@ -123,14 +123,16 @@ def _similarity(tokens: Tensor, windows: Tensor) -> Tensor:
     return (members.sum(2).square().sum(2) - members.square().sum((2, 3))) / (n * (n - 1))
 
 
-def _ranks(similarity: Tensor, threshold: float | None, counts: list[int]) -> tuple[Tensor, Tensor]:
+def _ranks(
+    similarity: Tensor, threshold: float | None, counts: list[int] | None
+) -> tuple[Tensor, Tensor]:
     """The place of every window by descending similarity, and how many should merge."""
     place = (
         similarity.nan_to_num(nan=-torch.inf)
         .argsort(dim=1, descending=True, stable=True)
         .argsort(dim=1)
     )
-    if threshold is not None:
+    if counts is None:
         return place, (similarity >= threshold).sum(1)
     return place, torch.tensor(counts, device=place.device).expand(len(place))
 
@@ -164,7 +166,7 @@ def _merge(
     prefix: int,
     by_similarity: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Merges the `merging` first windows of every image; dense if that is `each` for all."""
+    """Merges the `merging` first windows of each image; dense if that is `each` for all."""
     batch, length, channels = x.shape
     rows = _rows(place, place < merging[:, None], windows, length - prefix, by_similarity)
     front = torch.arange(prefix, device=x.device).expand(batch, prefix)
@@ -180,26 +182,26 @@ def _merge(
 
 
 def _reference(
-    x: Tensor, grid: list[int], window: list[int], threshold: float | None, counts: list[int],
-    dense: bool, size: Tensor | None, prefix: int, by_similarity: bool,
+    x: Tensor, grid: list[int], window: list[int], threshold: float | None,
+    counts: list[int] | None, dense: bool, size: Tensor | None, prefix: int, by_similarity: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     windows = _windows(grid, window, x.device)
     similarity = _similarity(x[:, prefix:].to(torch.promote_types(x.dtype, torch.float32)), windows)
     place, merging = _ranks(similarity, threshold, counts)
     each = None
     if dense:
-        each = counts[0] if threshold is None else min(merging.tolist(), default=0)
+        each = counts[0] if counts is not None else min(merging.tolist(), default=0)
         merging = torch.full_like(merging, each)
     return _merge(x, windows, place, merging, each, size, prefix, by_similarity)
 
 
 def _fake(
-    x: Tensor, grid: list[int], window: list[int], threshold: float | None, counts: list[int],
-    dense: bool, size: Tensor | None, prefix: int, by_similarity: bool,
+    x: Tensor, grid: list[int], window: list[int], threshold: float | None,
+    counts: list[int] | None, dense: bool, size: Tensor | None, prefix: int, by_similarity: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, length, channels = x.shape
     saved = prod(window) - 1
-    if threshold is not None:
+    if counts is None:
         rows = torch.library.get_ctx().new_dynamic_size()
     else:
         rows = length - counts[0] * saved if dense else batch * length - sum(counts) * saved
@@ -270,7 +272,7 @@ def _cost(kwargs: dict[str, Any]) -> tuple[float, float]:
 
 OP = Op(
     schema="merge_adjacent(Tensor x, SymInt[] grid, SymInt[] window, float? threshold, "
-    "SymInt[] counts, bool dense, Tensor? size, SymInt prefix, bool by_similarity) "
+    "SymInt[]? counts, bool dense, Tensor? size, SymInt prefix, bool by_similarity) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
