@@ -142,7 +142,7 @@ def merge_adjacent(
     batch: str = "ragged",
 ) -> Merged:
     """Merges the windows of a grid whose tokens are alike; see `tokenkernels.merge_adjacent`."""
-    grid, window, counts = _check_merge_adjacent(
+    counts = _check_merge_adjacent(
         x, grid, window, threshold, num_windows, size, prefix, order, batch
     )
     dense = batch == "uniform" or (num_windows is not None and not hasattr(num_windows, "__len__"))
@@ -153,9 +153,9 @@ def merge_adjacent(
             x,
             _three(grid),
             _three(window),
-            threshold is not None,
+            counts is None,
             bar,
-            counts,
+            counts or [0],
             dense,
             size,
             prefix,
@@ -164,7 +164,7 @@ def merge_adjacent(
     )
 
 
-def _three(extents: list[int]) -> list[int]:
+def _three(extents: Sequence[int]) -> list[int]:
     """Any grid as that of a video: an image (H, W) is (H, 1, W), a sequence (N) is (N, 1, 1)."""
     return [
         extents[0],
