@@ -8,7 +8,10 @@
 #define TK_CPU_KERNELS(X) \
   X(gather_topk_select, GatherTopk) \
   X(gather_topk, GatherTopk) \
-  X(gather_topk_backward, GatherTopkBackward)
+  X(gather_topk_backward, GatherTopkBackward) \
+  X(assign_nearest, AssignNearest) \
+  X(assign_residual, AssignResidual) \
+  X(accumulate_codes, AccumulateCodes)
 
 namespace tk {
 
