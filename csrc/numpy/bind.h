@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <memory>
 #include <string>
 #include <thread>
 #include <vector>
@@ -53,15 +54,21 @@ inline array rows_contiguous(const array& a) {
 
 inline array empty(std::vector<py::ssize_t> shape, const py::dtype& dtype) { return array(dtype, std::move(shape)); }
 
+// Bytes that a kernel borrows for one call; few of them cost no allocation.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : bytes_(static_cast<size_t>(bytes > 0 ? bytes + 64 : 0)) {}
-  void* data() {
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(bytes_.data()) + 63) & ~uintptr_t{63});
+  explicit Scratch(int64_t bytes) {
+    if (bytes <= static_cast<int64_t>(sizeof small_)) return;
+    large_.reset(new char[static_cast<size_t>(bytes) + 64]);
+    data_ = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(large_.get()) + 63) & ~uintptr_t{63});
   }
+  Scratch(const Scratch&) = delete;
+  void* data() { return data_; }
 
  private:
-  std::vector<char> bytes_;
+  alignas(64) char small_[4096];
+  std::unique_ptr<char[]> large_;
+  void* data_ = small_;
 };
 
 // Threads of this call only. Ranges below one grain run in the caller.
