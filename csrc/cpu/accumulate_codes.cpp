@@ -53,7 +53,7 @@ void add_part(const AccumulateCodes& p, const Part& part) {
   for (int64_t row = 0; row < p.x.rows; ++row) {
     const int64_t code = p.index[row * p.groups + part.group];
     if (code < part.first || code >= part.last) continue;
-    counts[code] += part.left == 0;
+    if (part.left == 0) ++counts[code];
     const T* from = static_cast<const T*>(p.x.data) + offset_of(p.x, row, part.group) + part.left * p.x.stride;
     add_row(from, p.x.stride, width, sums + code * p.dim);
   }

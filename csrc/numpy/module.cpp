@@ -2,11 +2,17 @@
 #include "numpy/bind.h"
 
 namespace tk::bind {
+void bind_accumulate_codes(py::module_& m);
+void bind_assign_nearest(py::module_& m);
+void bind_assign_residual(py::module_& m);
 void bind_gather_topk(py::module_& m);
 }  // namespace tk::bind
 
 PYBIND11_MODULE(_numpy, m) {
   m.def("instruction_set", &tk::instruction_set);
   m.def("set_instruction_set", &tk::set_instruction_set);
+  tk::bind::bind_accumulate_codes(m);
+  tk::bind::bind_assign_nearest(m);
+  tk::bind::bind_assign_residual(m);
   tk::bind::bind_gather_topk(m);
 }

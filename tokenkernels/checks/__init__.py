@@ -80,6 +80,12 @@ def number(op: str, name: str, value: Any) -> None:
         fail(op, name, "a number", _describe(value), TypeError)
 
 
+def flag(op: str, name: str, value: Any) -> None:
+    """value is True or False."""
+    if not isinstance(value, bool):
+        fail(op, name, "True, False", _describe(value), TypeError)
+
+
 def choice(op: str, name: str, value: Any, *allowed: Any) -> None:
     """value is one of `allowed`."""
     if value not in allowed:
