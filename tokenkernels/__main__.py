@@ -1,4 +1,6 @@
-"""`python -m tokenkernels`: `doctor` says what is there and why not; `bench` runs the benchmarks of a checkout."""
+"""`python -m tokenkernels`: `doctor` says what is there and why not; `bench` runs the benchmarks
+of a checkout.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def main() -> int:
 def doctor() -> int:
     """Prints versions, what the build contains, and every op's backends on every device."""
     ops.load()
-    print(f"tokenkernels {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
+    print(
+        f"tokenkernels {__version__}, Python {platform.python_version()}, torch {torch.__version__}"
+    )
     if _native.WHY_NOT:
         print(f"native: no: {_native.WHY_NOT}")
     else:
@@ -73,7 +77,10 @@ def bench(arguments: list[str]) -> int:
     """Hands over to the bench folder, which lives in the checkout and not in the package."""
     checkout = Path(__file__).parents[1]
     if not (checkout / "bench" / "__main__.py").exists():
-        print("bench: needs a checkout of the repository (the bench folder is not part of the package)", file=sys.stderr)
+        print(
+            "bench: needs a checkout of the repository (the bench folder is not part of the package)",
+            file=sys.stderr,
+        )
         return 1
     sys.path.insert(0, str(checkout))
     sys.argv = ["bench", *arguments]

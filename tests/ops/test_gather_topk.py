@@ -9,7 +9,9 @@ pytestmark = pytest.mark.usefixtures("native")
 
 
 def test_more_than_two_to_the_31_elements() -> None:
-    """Memory that is never touched costs nothing: only the rows at the far end are written and read."""
+    """Memory that is never touched costs nothing: only the rows at the far end are written and
+    read.
+    """
     tokens, channels = 70_000, 40_000
     x = torch.empty(1, tokens, channels, dtype=torch.bfloat16)
     x[0, -2:] = torch.arange(2 * channels).reshape(2, channels)
