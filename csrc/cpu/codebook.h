@@ -238,27 +238,20 @@ struct Candidate {
   int32_t at;
 };
 
-TK_INLINE int32_t lowest(Ints values) {
-  int32_t lanes[kLanes];
-  std::memcpy(lanes, &values, sizeof lanes);
-  int32_t result = lanes[0];
-  for (int i = 1; i < kLanes; ++i) result = smaller(result, lanes[i]);
-  return result;
-}
-
 TK_INLINE Candidate candidate_of(const Packed& packed, const Best& best, int r) {
   const float score = max(best.score[r]);
   const Ints at = packed.dim <= kNarrowDim ? best.at[r] : best.at[r] * kLanes + iota();
-  return {score, lowest(best.score[r] == splat(score) ? at : splat_int(0x7fffffff))};
+  return {score, min(best.score[r] == splat(score) ? at : splat_int(0x7fffffff))};
 }
 
 TK_INLINE bool beats(const Candidate& a, const Candidate& b) {
   return a.score > b.score || (a.score == b.score && a.at < b.at);
 }
 
-// The code that a candidate stands for; narrow: the first of the highest scores of its panel. Row r of the tile. 0 where no code won.
+// The code that a candidate of row r of a tile stands for; narrow: the first of the highest scores of its panel. A row with a NaN or
+// an infinity has no finite score, and gets code 0.
 TK_INLINE int64_t code_of(const Packed& packed, const float* tile, int r, const Candidate& candidate) {
-  if (!(candidate.score > -kInfinity)) return 0;
+  if (!(candidate.score > -kInfinity && candidate.score < kInfinity)) return 0;
   if (packed.dim > kNarrowDim) return candidate.at;
   Floats scores[1][kVectors];
   score_narrow(tile + r, packed, candidate.at, scores);
@@ -267,14 +260,13 @@ TK_INLINE int64_t code_of(const Packed& packed, const float* tile, int r, const 
   const Floats winner = splat(max(highest));
   Ints first = splat_int(0x7fffffff);
   for (int v = kVectors - 1; v >= 0; --v) first = scores[0][v] == winner ? iota() + v * kLanes : first;
-  return candidate.at * kWidth + lowest(first);
+  return candidate.at * kWidth + min(first);
 }
 
-// Puts a row (which it transforms) into column r of a tile; a row that is not finite becomes NaN, and no code wins it.
+// Puts a row (which it transforms) into column r of a tile.
 TK_INLINE void put_row(const Packed& packed, float* row, float* tile, int r) {
-  const bool usable = finite(row, packed.dim);
   transform(packed, row);
-  for (int64_t d = 0; d < packed.dim; ++d) tile[d * kRows + r] = usable ? row[d] : __builtin_nanf("");
+  for (int64_t d = 0; d < packed.dim; ++d) tile[d * kRows + r] = row[d];
 }
 
 TK_INLINE void put_nothing(const Packed& packed, float* tile, int r) {

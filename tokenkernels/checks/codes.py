@@ -14,5 +14,14 @@ def codebooks(op: str, name: str, books: Any, backend: str | None, *ranks: int) 
     """Codebooks (K, D) or (G, K, D) of a floating dtype, none of them empty."""
     floating(op, name, books, backend)
     rank(op, name, books, *ranks)
-    if not (1 <= books.shape[-1] <= MAX_DIM and 1 <= books.shape[-2] <= MAX_CODES and books.shape[0] >= 1):
-        fail(op, name, f"K of 1 … {MAX_CODES} codes of D = 1 … {MAX_DIM} dimensions", f"shape {tuple(books.shape)}")
+    if not (
+        1 <= books.shape[-1] <= MAX_DIM
+        and 1 <= books.shape[-2] <= MAX_CODES
+        and books.shape[0] >= 1
+    ):
+        fail(
+            op,
+            name,
+            f"K of 1 … {MAX_CODES} codes of D = 1 … {MAX_DIM} dimensions",
+            f"shape {tuple(books.shape)}",
+        )
