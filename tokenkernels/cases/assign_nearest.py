@@ -91,9 +91,8 @@ def _empty_poison(t: Make) -> dict[str, Any]:
 
 
 def _bench(rows: int, codes: int, dim: int, **options: Any) -> Case:
-    name = " ".join(
-        [f"{rows}x{codes}x{dim}", *(str(v) for v in options.values() if isinstance(v, str))]
-    )
+    words = [str(v) if isinstance(v, str) else name for name, v in options.items()]
+    name = " ".join([f"{rows}x{codes}x{dim}", *words])
     return Case(name, _simple((rows, dim), codes, **options), ("bench",))
 
 
@@ -120,17 +119,17 @@ CASES = [
     Case("wide-codes", _simple((6, 257), 80, return_codes=True, return_distance=True)),
     Case("many-codes", _simple((5, 16), 3000)),
     Case("grouped", _grouped),
-    Case("ties-nan-inf", _hard("l2", 6)),
-    Case("ties-nan-inf-wide", _hard("l2", 20)),
-    Case("ties-nan-inf-cosine", _hard("cosine", 6)),
-    Case("ties-nan-inf-dot", _hard("dot", 6)),
+    Case("ties-nan-inf", _hard("l2", 6), ("test", "nan")),
+    Case("ties-nan-inf-wide", _hard("l2", 20), ("test", "nan")),
+    Case("ties-nan-inf-cosine", _hard("cosine", 6), ("test", "nan")),
+    Case("ties-nan-inf-dot", _hard("dot", 6), ("test", "nan")),
     Case("offset", _far_from_the_origin),
     Case("positive-dot", _positive("dot")),
     Case("positive-cosine", _positive("cosine")),
     Case("tiny-codes", _tiny_codes),
     Case("channels-first", _channels_first),
     Case("many-strides", _many_strides),
-    Case("no-usable-code", _empty_poison),
+    Case("no-usable-code", _empty_poison, ("test", "nan")),
     Case("one-token", _simple((33,), 40, return_distance=True), ("test", "coupled")),
     _bench(8192, 4096, 12),
     _bench(8192, 4096, 12, metric="cosine"),
@@ -139,6 +138,9 @@ CASES = [
     _bench(4096, 1024, 256),
     _bench(6000, 1024, 128),
     _bench(2048, 16384, 256),
+    _bench(8192, 4096, 12, return_codes=True),
+    _bench(6000, 1024, 128, return_codes=True),
+    _bench(4096, 1024, 256, return_codes=True),
 ]
 
 BAD = [
