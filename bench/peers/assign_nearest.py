@@ -14,7 +14,8 @@ from . import Peer
 
 
 def addmm(x: Tensor, codebook: Tensor, metric: str = "l2", **_: Any) -> list[Tensor]:
-    """The distance matrix by one product with ‖e‖² added, then argmin."""
+    """The distance matrix by one product with ‖e‖² added, then argmin; quantisers use float32."""
+    x, codebook = x.float(), codebook.float()
     if metric == "cosine":
         return [(F.normalize(x, dim=-1) @ F.normalize(codebook, dim=-1).T).argmax(-1)]
     squares = codebook.square().sum(-1)
@@ -73,7 +74,7 @@ def module(
 def most(got: list[Tensor], want: list[Tensor], low: list[Tensor], kwargs: dict[str, Any]) -> None:
     """These round as they like: nearly every index is that of float64."""
     right = (got[0] == want[0]).double().mean().item()
-    assert right > 0.95, f"{right:.1%} of the indices are right"
+    assert right > 0.995, f"{right:.1%} of the indices are right"
 
 
 FLOAT32 = (torch.float32,)
