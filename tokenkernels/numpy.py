@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import checks
+from .checks.accumulate_codes import accumulate_codes as _check_accumulate_codes
+from .checks.assign_nearest import assign_nearest as _check_assign_nearest
+from .checks.assign_residual import assign_residual as _check_assign_residual
 from .checks import compact_kv as _check_compact_kv
 from .checks.gather_topk import gather_topk as _check_gather_topk
 from .checks.score_attention import score_attention as _check_score_attention
@@ -40,6 +43,7 @@ for _name in checks.NAMES:
 checks.DTYPES[np.dtype(bool)] = "bool"
 
 Array = np.ndarray
+_METRIC = {"l2": 0, "cosine": 1, "dot": 2}
 _FUSE = {None: 0, "sum": 1, "mean": 2}
 _HEADS = {"mean": 0, "group": 1, "none": 2}
 
@@ -78,6 +82,52 @@ def gather_topk(
     return Selected(tokens[0] if one else tuple(tokens), index, offsets)
 
 
+class Assigned(NamedTuple):
+    """What assign_nearest returns; None for what was not asked for."""
+
+    index: Array
+    distance: Array | None
+    codes: Array | None
+
+
+def assign_nearest(
+    x: Array,
+    codebook: Array,
+    *,
+    metric: str = "l2",
+    return_distance: bool = False,
+    return_codes: bool = False,
+) -> Assigned:
+    """Finds the nearest of K codes for every token; see `tokenkernels.assign_nearest`."""
+    _check_assign_nearest(x, codebook, metric, return_distance, return_codes)
+    number = _METRIC[metric]
+    return Assigned(*_core.assign_nearest(x, codebook, number, return_distance, return_codes))
+
+
+class Residual(NamedTuple):
+    """What assign_residual returns."""
+
+    index: Array
+    residual: Array
+
+
+def assign_residual(x: Array, codebooks: Array) -> Residual:
+    """Quantises tokens in Q rounds; see `tokenkernels.assign_residual`."""
+    _check_assign_residual(x, codebooks)
+    return Residual(*_core.assign_residual(x, codebooks))
+
+
+class Accumulated(NamedTuple):
+    """What accumulate_codes returns."""
+
+    counts: Array
+    sums: Array
+
+
+def accumulate_codes(x: Array, index: Array, K: int, *, grouped: bool = False) -> Accumulated:
+    """Counts and adds up the tokens of every code; see `tokenkernels.accumulate_codes`."""
+    _check_accumulate_codes(x, index, K, grouped)
+    return Accumulated(*_core.accumulate_codes(x, index, K, grouped))
 def score_attention(
     query: Array,
     key: Array,

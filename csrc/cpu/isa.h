@@ -6,6 +6,9 @@
 
 // X(op, Params): defines Status op(const Params&, const Pool&) and int64_t op_scratch(const Params&, int threads) per namespace.
 #define TK_CPU_KERNELS(X) \
+  X(accumulate_codes, AccumulateCodes) \
+  X(assign_nearest, AssignNearest) \
+  X(assign_residual, AssignResidual) \
   X(compact_kv, CompactKv) \
   X(gather_topk, GatherTopk) \
   X(gather_topk_backward, GatherTopkBackward) \
