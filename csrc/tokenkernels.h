@@ -36,4 +36,46 @@ struct GatherTopk {
   static constexpr int kMaxTensors = 16;
 };
 
+// One value per token of every image: element (b, n) at data[b * batch_stride + n * token_stride]; null: absent.
+template <class T>
+struct PerToken {
+  const T* data;
+  int64_t batch_stride, token_stride;
+};
+
+// One matrix per image, its rows contiguous: element (b, i, j) at data[b * batch_stride + i * row_stride + j].
+struct Matrices {
+  const void* data;
+  int64_t batch_stride, row_stride;
+};
+
+// aggregate_soft: out[b, m] = sum over n of softmax_n(scale · <query[b, m], key[b, n]> + bias[b, n]) · value[b, n].
+struct AggregateSoft {
+  DType dtype;  // of query, key, value, out
+  int64_t B, M, N, E, C;
+  Matrices query;             // (B, M, E); batch stride 0: shared by all images
+  Matrices key;               // (B, N, E)
+  Matrices value;             // (B, N, C)
+  PerToken<float> bias;       // (B, N)
+  PerToken<bool> mask;        // (B, N), true where a token takes part
+  float scale;
+  const float* scale_tensor;  // one number in place of `scale`, or null
+  void* scratch;
+  void* out;                  // (B, M, C)
+  float* lse;                 // (B, M): logarithm of the sum of exponentials of a slot, −inf where no token takes part
+  float* weights;             // (B, N, M), the softmax itself, or null
+};
+
+// aggregate_logits: the same with given logits.
+struct AggregateLogits {
+  DType dtype;  // of logits, value, out
+  int64_t B, M, N, C;
+  Matrices logits;      // (B, N, M)
+  Matrices value;       // (B, N, C)
+  PerToken<bool> mask;  // (B, N)
+  void* scratch;
+  void* out;            // (B, M, C)
+  float* lse;           // (B, M)
+};
+
 }  // namespace tk

@@ -224,5 +224,25 @@ inline void multiply(const Left& a, const float* packed, int64_t rows, int64_t c
   }
 }
 
+// The same with rows of any number type on the left, contiguous along the depth; `stage` holds rows × kDepthBlock floats and is used for
+// halves only.
+template <class T>
+void multiply_rows(const T* from, int64_t from_stride, const float* packed, int64_t rows, int64_t cols, int64_t depth,
+                   float* c, int64_t c_stride, bool accumulate, float* stage) {
+  for (int64_t k = 0; k == 0 || k < depth; k += kDepthBlock) {
+    const int64_t block = smaller(depth - k, kDepthBlock);
+    widen_rows(from + k, from_stride, rows, block, stage, kDepthBlock);
+    for (int64_t n = 0; n < cols; n += kTileCols) {
+      multiply_panel({stage, kDepthBlock, 1}, packed + n * depth + k * kTileCols, rows,
+                     smaller<int64_t>(cols - n, kTileCols), block, c + n, c_stride, accumulate || k > 0);
+    }
+  }
+}
+
+inline void multiply_rows(const float* from, int64_t from_stride, const float* packed, int64_t rows, int64_t cols,
+                          int64_t depth, float* c, int64_t c_stride, bool accumulate, float*) {
+  multiply({from, from_stride, 1}, packed, rows, cols, depth, c, c_stride, accumulate);
+}
+
 }  // namespace
 }  // namespace tk::TK_ISA
