@@ -112,6 +112,8 @@ struct AggregateSoft {
   float* lse;                 // (B, M): logarithm of the sum of exponentials of a slot, −inf where no token takes part
   float* weights;             // (B, N, M), the softmax itself, or null
 };
+Status aggregate_soft(const AggregateSoft& params, const Pool& pool);
+int64_t aggregate_soft_scratch(const AggregateSoft& params, int threads);
 
 // aggregate_logits: the same with given logits.
 struct AggregateLogits {
@@ -124,5 +126,7 @@ struct AggregateLogits {
   void* out;            // (B, M, C)
   float* lse;           // (B, M)
 };
+Status aggregate_logits(const AggregateLogits& params, const Pool& pool);
+int64_t aggregate_logits_scratch(const AggregateLogits& params, int threads);
 
 }  // namespace tk

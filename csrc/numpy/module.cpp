@@ -2,11 +2,13 @@
 #include "numpy/bind.h"
 
 namespace tk::bind {
+void bind_aggregate_soft(py::module_& m);
 void bind_gather_topk(py::module_& m);
 }  // namespace tk::bind
 
 PYBIND11_MODULE(_numpy, m) {
   m.def("instruction_set", &tk::instruction_set);
   m.def("set_instruction_set", &tk::set_instruction_set);
+  tk::bind::bind_aggregate_soft(m);
   tk::bind::bind_gather_topk(m);
 }
