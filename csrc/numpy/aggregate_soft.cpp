@@ -1,20 +1,8 @@
 // aggregate_soft for NumPy arrays.
-#include "numpy/bind.h"
+#include "numpy/aggregate.h"
 
 namespace tk::bind {
 namespace {
-
-Matrices matrices_of(const array& a) {
-  const bool batched = a.ndim() == 3;
-  return {a.data(), batched ? stride_of(a, 0) : 0, stride_of(a, batched ? 1 : 0)};
-}
-
-template <class T>
-PerToken<T> per_token(const py::object& values) {
-  if (values.is_none()) return {};
-  const auto a = py::cast<array>(values);
-  return {static_cast<const T*>(a.data()), stride_of(a, 0), stride_of(a, 1)};
-}
 
 // bias: float32 or None; mask: bool or None. Returns (tokens, weights or None).
 py::tuple aggregate_soft_numpy(array query, array key, array value, const py::object& bias, const py::object& mask,

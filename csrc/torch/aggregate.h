@@ -50,4 +50,21 @@ void set_operands(const Tensor& query, const Tensor& key, const Tensor& value, c
   p.value = matrices_of(value);
 }
 
+// What the forward call gave, and what came back for it.
+template <class Params>
+void set_forward(Tensor& gradient, Tensor& tokens, Tensor& lse, const char* op, Params& p) {
+  gradient = rows_contiguous(gradient);
+  tokens = rows_contiguous(tokens);
+  lse = torch::stable::contiguous(lse);
+  for (const Tensor* tensor : {&gradient, &tokens}) {
+    check(tensor->dim() == 3 && tensor->size(0) == p.B && tensor->size(1) == p.M && tensor->size(2) == p.C &&
+              dtype_of(*tensor, op) == p.dtype,
+          op, "gradient, tokens: allowed (B, M, C) in the dtype of value");
+  }
+  check(lse.scalar_type() == ScalarType::Float && lse.numel() == p.B * p.M, op, "lse: that of the forward call");
+  p.gradient = matrices_of(gradient);
+  p.tokens = matrices_of(tokens);
+  p.lse = static_cast<const float*>(lse.data_ptr());
+}
+
 }  // namespace tk::bind

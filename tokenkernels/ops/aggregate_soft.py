@@ -25,8 +25,8 @@ def aggregate_soft(
     """Gathers N tokens into M slots: out[b, m] = Σ_n softmax_n(scale·⟨query[m], key[b, n]⟩ + bias[b, n]) · value[b, n].
 
     The softmax runs over the tokens of each slot; scores, softmax and sums are float32. Gradients to query, key, value, bias and a tensor
-    scale. For them the softmax is kept where it is no larger than the values (M × 4 bytes ≤ a row of value), else made again; without
-    gradients nothing of size M×N exists. Sizes are free: M > N, N = 1 and E ≠ C are fine. Under autocast query, key and value are cast.
+    scale. For them the softmax is kept where it is no larger than the values (M × 4 bytes ≤ a row of value) and the scale is no parameter,
+    else made again; without gradients nothing of size M×N exists. Sizes are free: M > N, N = 1 and E ≠ C are fine. Under autocast query, key and value are cast.
 
     Args:
         query: (M, E), shared by all images, or (B, M, E); float32, float16 or bfloat16.
@@ -62,7 +62,7 @@ def aggregate_soft(
     if bias is not None:
         bias = bias.to(wide)
     fits = 4 * query.shape[-2] <= value.shape[-1] * value.element_size()
-    keep = return_weights or (fits and _wants_gradient(query, key, value, bias, scale_tensor))
+    keep = return_weights or (fits and not _wants_gradient(scale_tensor) and _wants_gradient(query, key, value, bias))
     tokens, _, weights = OP(
         backend, value.device.type, query, key, value, bias, mask, scale_tensor,
         1.0 if scale_tensor is not None else float(scale), keep,
@@ -123,7 +123,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     query, key, value, bias, mask, scale_tensor, scale, keep_weights = inputs
     tokens, lse, weights = output
     ctx.scale, ctx.kept = scale, keep_weights
-    ctx.needs = (query.requires_grad or (scale_tensor is not None and scale_tensor.requires_grad), key.requires_grad, value.requires_grad)
+    ctx.needs = tuple(t is not None and t.requires_grad for t in (query, key, value, scale_tensor))
     ctx.save_for_backward(query, key, value, bias, mask, scale_tensor, tokens, lse, *([weights] if keep_weights else []))
 
 
@@ -133,7 +133,7 @@ def _backward(run: Any, ctx: Any, gradient: Tensor, _lse: Any, _weights: Any) ->
         BACKWARD, gradient, query, key, value, bias, mask, scale_tensor, ctx.scale, tokens, lse,
         weights[0] if weights else None, *ctx.needs,
     )  # fmt: skip
-    wanted = (*ctx.needs, bias is not None, scale_tensor is not None)
+    wanted = (*ctx.needs[:3], bias is not None, ctx.needs[3])
     query_grad, key_grad, value_grad, bias_grad, scale_grad = (
         g if w else None for g, w in zip(results, wanted, strict=True)
     )
@@ -143,7 +143,7 @@ def _backward(run: Any, ctx: Any, gradient: Tensor, _lse: Any, _weights: Any) ->
 def _backward_reference(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None,
     scale_tensor: Tensor | None, scale: float, tokens: Tensor, lse: Tensor, weights: Tensor | None,
-    need_query: bool, need_key: bool, need_value: bool,
+    need_query: bool, need_key: bool, need_value: bool, need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     wide = torch.promote_types(query.dtype, torch.float32)
     factor = scale if scale_tensor is None else scale_tensor
@@ -157,19 +157,21 @@ def _backward_reference(
     if mask is not None:
         scores_grad = scores_grad.masked_fill(~mask[..., None], 0)
     none = query.new_empty(0)
-    unscaled = scores_grad.mT @ k if need_query else none
-    query_grad = (factor * (unscaled.sum(0) if query.ndim == 2 else unscaled)).to(query.dtype) if need_query else none
+    query_grad = none
+    if need_query:
+        images = scores_grad.mT @ k
+        query_grad = (factor * (images.sum(0) if query.ndim == 2 else images)).to(query.dtype)
     key_grad = (factor * scores_grad @ q).to(key.dtype) if need_key else none
     value_grad = (weights @ g).to(value.dtype) if need_value else none
     bias_grad = scores_grad.sum(-1) if bias is not None else none.to(wide)
-    scale_grad = (unscaled * q).sum() if scale_tensor is not None and need_query else none.to(wide)
+    scale_grad = (scores_grad * (k @ q.mT)).sum() if need_scale else none.to(wide)
     return query_grad, key_grad, value_grad, bias_grad, scale_grad
 
 
 def _backward_fake(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None,
     scale_tensor: Tensor | None, scale: float, tokens: Tensor, lse: Tensor, weights: Tensor | None,
-    need_query: bool, need_key: bool, need_value: bool,
+    need_query: bool, need_key: bool, need_value: bool, need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     wide = torch.promote_types(query.dtype, torch.float32)
     return (
@@ -177,7 +179,7 @@ def _backward_fake(
         query.new_empty(key.shape if need_key else (0,)),
         query.new_empty(value.shape if need_value else (0,)),
         query.new_empty(bias.shape if bias is not None else (0,), dtype=wide),
-        query.new_empty(() if scale_tensor is not None and need_query else (0,), dtype=wide),
+        query.new_empty(() if need_scale else (0,), dtype=wide),
     )
 
 
@@ -247,8 +249,9 @@ def _cost(kwargs: dict[str, Any]) -> tuple[float, float]:
 
 
 def _length(kwargs: dict[str, Any]) -> float:
-    _, tokens, slots, features, channels = _sizes(kwargs)
-    return max(tokens, slots, features, channels)
+    batch, tokens, slots, features, channels = _sizes(kwargs)
+    learned = isinstance(kwargs["scale"], Tensor) if "scale" in kwargs and "need_scale" not in kwargs else kwargs.get("need_scale")
+    return batch * tokens * slots * features if learned else max(tokens, slots, features, channels)
 
 
 CASES = [
@@ -271,7 +274,7 @@ CASES = [
 ]
 
 
-def _backward_case(**options: bool) -> Any:
+def _backward_case(kept: bool = True, **needs: bool) -> Any:
     def make(t: Make) -> dict[str, Any]:
         mask = t.bool(0.8, (2, 290))
         key, value = t.randn(2, 290, 10), t.randn(2, 290, 21)
@@ -282,8 +285,8 @@ def _backward_case(**options: bool) -> Any:
         return {
             "gradient": t.randn(2, 17, 21), "query": inputs[0], "key": key, "value": value, "bias": bias, "mask": mask,
             "scale_tensor": scale, "scale": 1.0, "tokens": tokens.to(t.dtype), "lse": lse.float(),
-            "weights": weights.float() if options.pop("kept", True) else None,
-        } | {"need_query": True, "need_key": True, "need_value": True} | options  # fmt: skip
+            "weights": weights.float() if kept else None,
+        } | {"need_query": True, "need_key": True, "need_value": True, "need_scale": True} | needs  # fmt: skip
 
     return make
 
@@ -291,14 +294,15 @@ def _backward_case(**options: bool) -> Any:
 BACKWARD = Op(
     schema="aggregate_soft_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, "
     "Tensor? scale_tensor, float scale, Tensor tokens, Tensor lse, Tensor? weights, bool need_query, bool need_key, "
-    "bool need_value) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool need_value, bool need_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_backward_reference,
     fake=_backward_fake,
     cases=[
-        Case("kept", _backward_case()),
+        Case("kept", _backward_case(need_scale=False)),
         Case("made-again", _backward_case(kept=False)),
-        Case("values-only", _backward_case(need_query=False, need_key=False)),
-        Case("query-only", _backward_case(need_key=False, need_value=False)),
+        Case("values-only", _backward_case(need_query=False, need_key=False, need_scale=False)),
+        Case("query-only", _backward_case(need_key=False, need_value=False, need_scale=False)),
+        Case("scale-only", _backward_case(need_query=False, need_key=False, need_value=False)),
     ],
     length=lambda kwargs: 4 * _length(kwargs),
 )
