@@ -1,4 +1,6 @@
-"""What ops refuse, for torch tensors and NumPy arrays alike; imports neither. Every message: op, argument, allowed, got."""
+"""What ops refuse, for torch tensors and NumPy arrays alike; imports neither. Every message: op,
+argument, allowed, got.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ FLOATS = ("float32", "float16", "bfloat16")
 DEFAULT_BACKEND: str | None = None
 
 
-def fail(op: str, name: str, allowed: str, got: Any, error: type[Exception] = ValueError) -> NoReturn:
+def fail(
+    op: str, name: str, allowed: str, got: Any, error: type[Exception] = ValueError
+) -> NoReturn:
     """Raises `error` in the one form that every refusal has."""
     raise error(f"{op}: {name}: allowed {allowed}, got {got}")
 
@@ -36,7 +40,13 @@ def floating(op: str, name: str, x: Any, backend: str | None = None) -> str:
     if known == "float64":
         if (backend or DEFAULT_BACKEND) == "reference":
             return known
-        fail(op, name, 'float32, float16, bfloat16 (float64 only with backend="reference")', known, TypeError)
+        fail(
+            op,
+            name,
+            'float32, float16, bfloat16 (float64 only with backend="reference")',
+            known,
+            TypeError,
+        )
     fail(op, name, "a tensor of float32, float16, bfloat16", known or _describe(x), TypeError)
 
 
@@ -55,7 +65,9 @@ def rank(op: str, name: str, x: Any, *allowed: int) -> None:
 def shape(op: str, name: str, x: Any, *expected: int | None) -> None:
     """x has exactly this shape; None stands for any size."""
     got = getattr(x, "shape", ())
-    if len(got) != len(expected) or any(e is not None and e != g for e, g in zip(expected, got, strict=True)):
+    if len(got) != len(expected) or any(
+        e is not None and e != g for e, g in zip(expected, got, strict=True)
+    ):
         sizes = ", ".join("*" if e is None else str(e) for e in expected)
         fail(op, name, f"shape ({sizes})", _describe(x))
 
@@ -70,14 +82,22 @@ def integer(op: str, name: str, value: Any, low: int, high: int | None = None) -
     """value is a whole number of low … high (no upper end where high is None)."""
     if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         fail(op, name, "an int", _describe(value), TypeError)
-    if value < low or (high is not None and value > high):
+    if int(value) < low or (high is not None and int(value) > high):
         fail(op, name, f"{low} … {'' if high is None else high}", value)
 
 
 def number(op: str, name: str, value: Any) -> None:
     """value is a plain number."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or hasattr(value, "ndim"):
         fail(op, name, "a number", _describe(value), TypeError)
+
+
+def flag(op: str, name: str, value: Any) -> None:
+    """value is True or False."""
+    if not isinstance(value, bool):
+        fail(op, name, "True, False", _describe(value), TypeError)
 
 
 def choice(op: str, name: str, value: Any, *allowed: Any) -> None:
