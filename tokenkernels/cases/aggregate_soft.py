@@ -117,7 +117,7 @@ def length(kwargs: dict[str, Any]) -> float:
 
 CASES = [
     Case("shared", _simple(3, 37, 13, 16, 19)),
-    Case("everything", _everything),
+    Case("everything", _everything, ("test", "coupled")),
     Case("key-is-value", _key_is_value),
     Case("scale-tensor", _scale_tensor),
     Case("infinite-bias", _infinite),

@@ -223,5 +223,5 @@ OP = Op(
     differentiable=("query", "key", "value", "bias", "scale"),
     backward=_backward,
     setup_context=_setup_context,
-    batch=("query", "key", "value", "bias", "mask"),
+    batch=("key", "value", "bias", "mask"),
 )
