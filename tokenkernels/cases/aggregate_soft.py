@@ -33,7 +33,7 @@ def _everything(t: Make) -> dict[str, Any]:
 
 def _key_is_value(t: Make) -> dict[str, Any]:
     x = t.randn(2, 33, 24)
-    return {"query": t.randn(50, 24), "key": x, "value": x, "scale": 24**-0.5}
+    return {"query": t.randn(50, 24), "key": x, "value": x[:], "scale": 24**-0.5}
 
 
 def _scale_tensor(t: Make) -> dict[str, Any]:
@@ -123,7 +123,7 @@ CASES = [
     Case("infinite-bias", _infinite),
     Case("peaky-blocks", _peaky),
     Case("one-slot", _simple(2, 70, 1, 33, 65)),
-    Case("one-token", _simple(2, 1, 6, 4, 4)),
+    Case("two-tokens", _simple(2, 2, 6, 4, 4)),
     Case("no-tokens", _simple(2, 0, 3, 4, 5)),
     Case("more-slots", _simple(1, 5, 300, 7, 3)),
     Case("wide", _simple(1, 20, 33, 260, 300)),

@@ -36,13 +36,13 @@ def aggregate_soft(
     shape(OP, "value", value, batch, tokens, None)
     same_device(OP, "key", key, query, "query")
     same_device(OP, "value", value, query, "query")
-    if hasattr(scale, "ndim") and hasattr(scale, "dtype"):
+    if isinstance(scale, (int, float)) or not hasattr(scale, "ndim"):
+        number(OP, "scale", scale)
+    else:
         floating(OP, "scale", scale, backend)
         if scale.ndim:
             fail(OP, "scale", "a number or a tensor of 0 dimensions", f"shape {tuple(scale.shape)}")
         same_device(OP, "scale", scale, query, "query")
-    else:
-        number(OP, "scale", scale)
     if bias is not None:
         floating(OP, "bias", bias, backend)
         shape(OP, "bias", bias, batch, tokens)

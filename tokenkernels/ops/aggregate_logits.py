@@ -98,13 +98,13 @@ def _backward_reference(
 ) -> tuple[Tensor, Tensor]:
     weights, _ = _softmax(logits, mask)
     v, g = _visible(value, mask).to(weights.dtype), gradient.to(weights.dtype)
-    logits_grad = value_grad = value.new_empty(0)
+    logits_grad, value_grad = value.new_empty(0), value.new_empty(0)
     if need_logits:
         mean = (g * tokens.to(weights.dtype)).sum(-1)
         logits_grad = (weights * (v @ g.mT - mean[:, None])).to(logits.dtype)
     if need_value:
         value_grad = (weights @ g).to(value.dtype)
-    return logits_grad.clone(), value_grad.clone()
+    return logits_grad, value_grad
 
 
 def _backward_fake(

@@ -173,15 +173,16 @@ def _backward_reference(
     scores_grad = weights * (v @ g.mT - mean[:, None])
     if mask is not None:
         scores_grad = scores_grad.masked_fill(~mask[..., None], 0)
-    none = query.new_empty(0)
-    query_grad = none
+    query_grad, key_grad, value_grad = (query.new_empty(0) for _ in range(3))
     if need_query:
         images = scores_grad.mT @ k
         query_grad = (factor * (images.sum(0) if query.ndim == 2 else images)).to(query.dtype)
-    key_grad = (factor * scores_grad @ q).to(key.dtype) if need_key else none
-    value_grad = (weights @ g).to(value.dtype) if need_value else none
-    bias_grad = scores_grad.sum(-1) if bias is not None else none.to(wide)
-    scale_grad = (scores_grad * (k @ q.mT)).sum() if need_scale else none.to(wide)
+    if need_key:
+        key_grad = (factor * scores_grad @ q).to(key.dtype)
+    if need_value:
+        value_grad = (weights @ g).to(value.dtype)
+    bias_grad = scores_grad.sum(-1) if bias is not None else g.new_empty(0)
+    scale_grad = (scores_grad * (k @ q.mT)).sum() if need_scale else g.new_empty(0)
     return query_grad, key_grad, value_grad, bias_grad, scale_grad
 
 
