@@ -137,46 +137,57 @@ inline void soften(float* scores, int64_t stride, int64_t tokens, int64_t slots,
   }
 }
 
-// A panel of the value (or key) rows of one block; hidden tokens count as zero, whatever they hold.
+constexpr int64_t kGroupCols = kPanelGroup * kTileCols;
+
+// Panels of the value (or key) rows of one block, cols ≤ kGroupCols; hidden tokens count as zero, whatever they hold.
 template <class T>
 TK_INLINE void pack_tokens(const T* from, int64_t row_stride, int64_t tokens, int64_t cols, const Terms& terms,
-                           float* panel) {
-  Product<T>::pack(from, row_stride, 1, tokens, cols, panel);
+                           float* panels) {
+  Product<T>::pack(from, row_stride, 1, tokens, cols, panels);
   for (int64_t n = 0; terms.mask && n < tokens; ++n) {
-    if (terms.hidden(n)) Product<T>::clear(panel, n);
+    for (int64_t c = 0; c < cols && terms.hidden(n); c += kTileCols) {
+      Product<T>::clear(panels + c * Product<T>::Kind::words(tokens), n);
+    }
   }
 }
 
-// sums[slots, channels] = (factor · sums if not the first block) + weightsᵀ · values.
-template <class T>
-void add_values(const Left& weights, const T* values, int64_t row_stride, int64_t tokens, int64_t slots,
-                int64_t channels, const Terms& terms, const Running& running, bool first, float* sums, float* panel) {
-  using Kind = typename Product<T>::Kind;
-  for (int64_t m = 0; m < slots && !first; ++m) {
-    if (running.factor[m] == 1.0f) continue;
-    float* row = sums + m * channels;
-    each_vector(channels, [&](int64_t c, auto part) {
-      store(row + c, load(row + c, part) * running.factor[m], part);
-    });
-  }
-  for (int64_t c = 0; c < channels; c += kTileCols) {
-    const int64_t cols = smaller<int64_t>(channels - c, kTileCols);
-    pack_tokens(values + c, row_stride, tokens, cols, terms, panel);
-    multiply_panel<Kind>(weights, panel, slots, cols, Kind::words(tokens), sums + c, channels, !first);
-  }
-}
-
-// out = sums / total, zeros for a slot that no token reaches, and the logarithm of the total.
-template <class T>
-void finish(const float* sums, const Running& running, int64_t slots, int64_t channels, T* out, float* lse) {
+// sums[slots, channels] *= factor, where the running maximum has moved.
+inline void rescale(float* sums, int64_t slots, int64_t channels, const float* factor) {
   for (int64_t m = 0; m < slots; ++m) {
-    const float total = running.total[m];
-    const bool empty = total == 0.0f;
-    lse[m] = empty ? kNegativeInfinity : running.maximum[m] + __builtin_logf(total);
-    const float inverse = 1.0f / total;
-    each_vector(channels, [&](int64_t c, auto part) {
-      const Floats value = empty ? splat(0.0f) : load(sums + m * channels + c, part) * inverse;
-      store(out + m * channels + c, value, part);
+    if (factor[m] == 1.0f) continue;
+    float* row = sums + m * channels;
+    each_vector(channels, [&](int64_t c, auto part) { store(row + c, load(row + c, part) * factor[m], part); });
+  }
+}
+
+// The product weightsᵀ · values of one block, panel by panel: into sums + place(c) with this stride, then done(c, cols).
+template <class T, class Place, class Done>
+TK_INLINE void multiply_values(const Left& weights, const T* values, int64_t row_stride, int64_t tokens, int64_t slots,
+                               int64_t channels, const Terms& terms, int64_t stride, bool accumulate, float* panels,
+                               const Place& place, const Done& done) {
+  using Kind = typename Product<T>::Kind;
+  const int64_t words = Kind::words(tokens);
+  for (int64_t group = 0; group < channels; group += kGroupCols) {
+    const int64_t last = smaller<int64_t>(channels, group + kGroupCols);
+    pack_tokens(values + group, row_stride, tokens, last - group, terms, panels);
+    for (int64_t c = group; c < last; c += kTileCols) {
+      const int64_t cols = smaller<int64_t>(last - c, kTileCols);
+      multiply_panel<Kind>(weights, panels + (c - group) * words, slots, cols, words, place(c), stride, accumulate);
+      done(c, cols);
+    }
+  }
+}
+
+// out[slots, cols] = sums / total, zeros for a slot that no token reaches.
+template <class T>
+void divide(const float* sums, int64_t sums_stride, const float* total, int64_t slots, int64_t cols, T* out,
+            int64_t out_stride) {
+  for (int64_t m = 0; m < slots; ++m) {
+    const bool empty = total[m] == 0.0f;
+    const float inverse = 1.0f / total[m];
+    each_vector(cols, [&](int64_t c, auto part) {
+      const Floats value = empty ? splat(0.0f) : load(sums + m * sums_stride + c, part) * inverse;
+      store(out + m * out_stride + c, value, part);
     });
   }
 }

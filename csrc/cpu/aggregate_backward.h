@@ -19,7 +19,7 @@ struct Cuts {
   int64_t slots, slot_blocks;
   int64_t stride;            // of the score gradients in the scratch
   int64_t images, chunk_blocks;
-  int64_t panels, sums;      // query gradient: panels of columns, floats per image
+  int64_t panels, panel_group, sums;  // query gradient: panels of columns, how many make a task, floats per image
   int64_t workers;
   bool shared;
 
@@ -30,6 +30,7 @@ struct Cuts {
         slot_blocks(ceil_div(p.M, slots)),
         stride(ceil_div(p.M, kLanes) * kLanes),
         panels(ceil_div(p.E, kTileCols)),
+        panel_group(smaller(kPanelGroup, larger<int64_t>(panels / (2 * threads), 1))),
         sums(panels * p.M * kTileCols),
         shared(p.query.batch_stride == 0) {
     const int64_t block = larger<int64_t>(tokens * stride, 1), image = larger<int64_t>(blocks, 1) * block;
@@ -54,8 +55,8 @@ struct BackwardWorker {
   float* shares;      // (tokens, slots): gradient of the scores
   float* scores;      // (tokens, slots), unscaled, where the scale wants its gradient
   float* operand;     // (tokens, slots): weights or shares in another form
-  float* keys;        // (tokens, E) in float32, for halves
-  float* values;      // (tokens, C) in float32, for halves
+  float* keys;        // (tokens, E) in float32, for halves; one panel of it where the slots come in one block
+  float* values;      // (tokens, C), the same
   float* stage;
 };
 
@@ -74,8 +75,9 @@ BackwardWorker backward_worker(const AggregateSoftBackward& p, const Cuts& cuts,
   w.shares = arena->floats(cuts.tokens * stride);
   w.scores = arena->floats(p.scale_grad ? cuts.tokens * stride : 0);
   w.operand = arena->floats(cuts.tokens * stride);
-  w.keys = arena->floats(halves ? cuts.tokens * p.E : 0);
-  w.values = arena->floats(halves ? cuts.tokens * p.C : 0);
+  const bool one_block = cuts.slot_blocks == 1;
+  w.keys = arena->floats(halves ? cuts.tokens * (one_block ? kTileCols : p.E) : 0);
+  w.values = arena->floats(halves ? cuts.tokens * (one_block ? kTileCols : p.C) : 0);
   w.stage = arena->floats(halves ? cuts.tokens * kDepthBlock : 0);
   return w;
 }
@@ -153,10 +155,26 @@ TK_INLINE float* sums_of(void* output, int64_t row, int64_t width, float* own) {
 }
 
 template <class T>
-TK_INLINE void narrow_rows(const float* from, int64_t rows, int64_t width, void* output, int64_t row) {
-  if (sizeof(T) == 4) return;
-  T* const to = static_cast<T*>(output) + row * width;
-  each_vector(rows * width, [&](int64_t i, auto part) { store(to + i, load(from + i, part), part); });
+TK_INLINE void narrow_rows(const float* from, int64_t from_stride, int64_t rows, int64_t cols, T* to, int64_t to_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    each_vector(cols, [&](int64_t c, auto part) { store(to + i * to_stride + c, load(from + i * from_stride + c, part), part); });
+  }
+}
+
+// sums[tokens, width] (+)= left · packed. Halves whose slots come in one block leave at once for `out`, panel by panel.
+template <class T>
+void add_rows(const Cuts& cuts, const Left& left, const float* packed, int64_t tokens, int64_t width, int64_t slots,
+              float* sums, bool accumulate, T* out) {
+  using Kind = typename Product<T>::Kind;
+  const int64_t words = Kind::words(slots);
+  if (sizeof(T) == 4 || cuts.slot_blocks != 1) {
+    return multiply<Kind>(left, packed, tokens, width, words, sums, width, accumulate);
+  }
+  for (int64_t c = 0; c < width; c += kTileCols) {
+    const int64_t cols = smaller<int64_t>(width - c, kTileCols);
+    multiply<Kind>(left, packed + c * words, tokens, cols, words, sums, kTileCols, false);
+    narrow_rows(sums, kTileCols, tokens, cols, out + c, width);
+  }
 }
 
 // The score gradients of a block as a left side read by columns, in the scratch: there the query gradient finds them.
@@ -175,7 +193,6 @@ TK_INLINE void keep_columns(const float* shares, int64_t stride, int64_t tokens,
 template <class T, bool Given>
 double backward_block(const AggregateSoftBackward& p, const Cuts& cuts, const BackwardWorker& w, float scale, int64_t image,
                     int64_t first, float* kept) {
-  using Kind = typename Product<T>::Kind;
   const int64_t tokens = smaller(p.N - first, cuts.tokens), row = image * p.N + first;
   const int64_t stride = ceil_div(cuts.slots, kLanes) * kLanes;
   const Terms terms = terms_at(scale, p.bias, p.mask, image, first);
@@ -183,7 +200,7 @@ double backward_block(const AggregateSoftBackward& p, const Cuts& cuts, const Ba
   float* const values = sums_of<T>(p.value_grad, row, p.C, w.values);
   float* const bias_grad = p.bias_grad ? p.bias_grad + row : nullptr;
   if (bias_grad) fill(bias_grad, tokens, 0.0f);
-  if (p.M == 0 && keys) fill(keys, tokens * p.E, 0.0f);
+  if (p.M == 0 && keys) fill(keys, tokens * p.E, 0.0f);  // no block of slots to start the sums
   if (p.M == 0 && p.value_grad) fill(values, tokens * p.C, 0.0f);
   double scale_grad = 0;
   for (int64_t slot = 0; slot < p.M; slot += cuts.slots) {
@@ -203,7 +220,7 @@ double backward_block(const AggregateSoftBackward& p, const Cuts& cuts, const Ba
     }
     if (p.value_grad) {
       const Left left = Product<T>::rows(weights, weights_stride, tokens, slots, w.operand, stride);
-      multiply<Kind>(left, w.gradient, tokens, p.C, Kind::words(slots), values, p.C, slot > 0);
+      add_rows<T>(cuts, left, w.gradient, tokens, p.C, slots, values, slot > 0, static_cast<T*>(p.value_grad) + row * p.C);
     }
     if (!p.key_grad && !p.query_grad && !p.bias_grad && !p.scale_grad) continue;
     Product<T>::multiply_rows(rows_of<T>(p.value, image, first), p.value.row_stride, w.gradient_t, tokens, slots, p.C,
@@ -220,26 +237,30 @@ double backward_block(const AggregateSoftBackward& p, const Cuts& cuts, const Ba
       if (!p.key_grad) continue;
       for (int64_t i = 0; i < tokens * stride; i += kLanes) store(w.shares + i, load(w.shares + i) * scale);
       const Left left = Product<T>::rows(w.shares, stride, tokens, slots, w.operand, stride);
-      multiply<Kind>(left, w.query, tokens, p.E, Kind::words(slots), keys, p.E, slot > 0);
+      add_rows<T>(cuts, left, w.query, tokens, p.E, slots, keys, slot > 0, static_cast<T*>(p.key_grad) + row * p.E);
     }
   }
-  if (p.key_grad && !Given) narrow_rows<T>(w.keys, tokens, p.E, p.key_grad, row);
-  if (p.value_grad) narrow_rows<T>(w.values, tokens, p.C, p.value_grad, row);
+  const bool narrow = sizeof(T) < 4 && cuts.slot_blocks != 1;
+  if (narrow && keys) narrow_rows(keys, p.E, tokens, p.E, static_cast<T*>(p.key_grad) + row * p.E, p.E);
+  if (narrow && p.value_grad) narrow_rows(values, p.C, tokens, p.C, static_cast<T*>(p.value_grad) + row * p.C, p.C);
   return scale_grad;
 }
 
-// Adds one panel of columns of the query gradient of `image`, over blocks of its tokens: sums[M, kTileCols] += sharesᵀ · keys.
+// Adds some panels of columns of the query gradient of `image`, over blocks of its tokens: sums[M, kTileCols] += sharesᵀ · keys each.
 template <class T>
-void add_query_panel(const AggregateSoftBackward& p, const Cuts& cuts, int64_t image, int64_t block, int64_t blocks,
-                     int64_t panel, const float* kept, float* packed, float* sums) {
+void add_query_panels(const AggregateSoftBackward& p, const Cuts& cuts, int64_t image, int64_t block, int64_t blocks,
+                      int64_t panel, const float* kept, float* packed, float* sums) {
   using Kind = typename Product<T>::Kind;
-  const int64_t column = panel * kTileCols, cols = smaller<int64_t>(p.E - column, kTileCols);
+  const int64_t column = panel * kTileCols, cols = smaller<int64_t>(p.E - column, cuts.panel_group * kTileCols);
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t first = (block + i) * cuts.tokens, tokens = smaller(p.N - first, cuts.tokens);
+    const int64_t words = Kind::words(tokens);
     pack_tokens(rows_of<T>(p.key, image, first) + column, p.key.row_stride, tokens, cols,
                 terms_at(1.0f, {}, p.mask, image, first), packed);
-    multiply_panel<Kind>({kept + i * cuts.tokens * cuts.stride, 1, cuts.stride}, packed, p.M, cols, Kind::words(tokens),
-                         sums + panel * p.M * kTileCols, kTileCols, true);
+    for (int64_t c = 0; c < cols; c += kTileCols) {
+      multiply_panel<Kind>({kept + i * cuts.tokens * cuts.stride, 1, cuts.stride}, packed + c * words, p.M,
+                           smaller<int64_t>(cols - c, kTileCols), words, sums + (column + c) * p.M, kTileCols, true);
+    }
   }
 }
 
@@ -261,7 +282,7 @@ void write_query(const AggregateSoftBackward& p, const Cuts& cuts, float scale, 
 struct BackwardScratch {
   float* sums;    // query gradients: of all images together, or of those of a chunk
   float* kept;    // score gradients of a chunk
-  float* packed;  // one panel of keys per worker of the query phase
+  float* packed;  // one group of panels of keys per worker of the query phase
   double* scale;  // what the scale gets from each block
   char* workers;
   int64_t worker_bytes, bytes;
@@ -273,7 +294,7 @@ BackwardScratch backward_scratch(const AggregateSoftBackward& p, const Cuts& cut
   BackwardScratch scratch;
   scratch.sums = arena.floats(query ? cuts.sums * (cuts.shared ? 1 : cuts.images) : 0);
   scratch.kept = arena.floats(query ? cuts.images * cuts.chunk_blocks * cuts.tokens * cuts.stride : 0);
-  scratch.packed = arena.floats(query ? threads * cuts.tokens * kTileCols : 0);
+  scratch.packed = arena.floats(query ? threads * cuts.tokens * kGroupCols : 0);
   scratch.scale = reinterpret_cast<double*>(arena.floats(p.scale_grad ? 2 * p.B * cuts.blocks : 0));
   backward_worker(p, cuts, &own);
   scratch.workers = arena.base + arena.used;
@@ -288,11 +309,12 @@ void add_queries(const AggregateSoftBackward& p, const Cuts& cuts, const Backwar
                  int64_t image, int64_t images, int64_t block, int64_t blocks) {
   const int64_t groups = cuts.shared ? 1 : images, together = cuts.shared ? images : 1;
   const int64_t image_floats = cuts.chunk_blocks * cuts.tokens * cuts.stride;
-  share_tasks(pool, groups * cuts.panels, pool.threads, [&](int64_t task, int64_t worker) {
-    const int64_t group = task / cuts.panels, panel = task % cuts.panels;
+  const int64_t tasks = ceil_div(cuts.panels, cuts.panel_group);
+  share_tasks(pool, groups * tasks, pool.threads, [&](int64_t task, int64_t worker) {
+    const int64_t group = task / tasks, panel = task % tasks * cuts.panel_group;
     for (int64_t i = group * together; i < (group + 1) * together; ++i) {
-      add_query_panel<T>(p, cuts, image + i, block, blocks, panel, scratch.kept + i * image_floats,
-                         scratch.packed + worker * cuts.tokens * kTileCols, scratch.sums + group * cuts.sums);
+      add_query_panels<T>(p, cuts, image + i, block, blocks, panel, scratch.kept + i * image_floats,
+                          scratch.packed + worker * cuts.tokens * kGroupCols, scratch.sums + group * cuts.sums);
     }
   });
 }

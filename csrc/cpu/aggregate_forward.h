@@ -23,8 +23,8 @@ struct Plan {
 struct Worker {
   float* scores;   // (token_block, slots)
   float* maxima;   // (token_blocks, slots): the running maximum each block of kept weights was made with
-  float* sums;     // (slots, C)
-  float* panel;    // (token_block, kTileCols)
+  float* sums;     // (slots, C) where halves come in several blocks of tokens; (slots, kTileCols) where there is one block
+  float* panels;   // packed (token_block, kGroupCols)
   float* stage;    // (token_block, kDepthBlock)
   float* query;    // packed (E, slots)
   Running running;
@@ -35,8 +35,8 @@ Worker worker_scratch(const AggregateSoft& p, const Plan& plan, Arena* arena) {
   Worker worker;
   worker.scores = arena->floats(plan.token_block * plan.slots);
   worker.maxima = arena->floats(p.weights ? plan.token_blocks * plan.slots : 0);
-  worker.sums = arena->floats(halves ? plan.slots * p.C : 0);
-  worker.panel = arena->floats(plan.token_block * kTileCols);
+  worker.sums = arena->floats(plan.slots * (plan.token_blocks <= 1 ? kTileCols : halves ? p.C : 0));
+  worker.panels = arena->floats(plan.token_block * kGroupCols);
   worker.stage = arena->floats(halves ? plan.token_block * kDepthBlock : 0);
   worker.query = arena->floats(own_query ? packed_size(p.E, plan.slots) : 0);
   worker.running = {arena->floats(plan.slots), arena->floats(plan.slots), arena->floats(plan.slots)};
@@ -65,7 +65,8 @@ void aggregate(const AggregateSoft& p, const Plan& plan, const Worker& worker, c
   fill(running.maximum, slots, kNegativeInfinity);
   fill(running.total, slots, 0.0f);
   T* const out = static_cast<T*>(p.out) + (image * p.M + slot) * p.C;
-  float* const sums = sizeof(T) == 4 ? reinterpret_cast<float*>(out) : worker.sums;
+  const bool one_block = plan.token_blocks <= 1;
+  float* const sums = sizeof(T) == 4 && !one_block ? reinterpret_cast<float*>(out) : worker.sums;
   float* const kept = p.weights ? p.weights + image * p.N * p.M + slot : nullptr;
   for (int64_t n = 0; n < p.N; n += plan.token_block) {
     const int64_t tokens = smaller(p.N - n, plan.token_block);
@@ -84,10 +85,25 @@ void aggregate(const AggregateSoft& p, const Plan& plan, const Worker& worker, c
       each_vector(slots, [&](int64_t m, auto part) { store(maxima + m, load(running.maximum + m, part), part); });
     }
     // Kept weights stay as they are: an operand of another form goes to the place of scores that are not kept.
-    add_values<T>(Product<T>::columns(scores, stride, tokens, slots, worker.scores, plan.slots), rows_of<T>(p.value, image, n),
-               p.value.row_stride, tokens, slots, p.C, terms, running, n == 0, sums, worker.panel);
+    const Left weights = Product<T>::columns(scores, stride, tokens, slots, worker.scores, plan.slots);
+    const T* const values = rows_of<T>(p.value, image, n);
+    if (one_block) {
+      multiply_values(
+          weights, values, p.value.row_stride, tokens, slots, p.C, terms, kTileCols, false, worker.panels,
+          [&](int64_t) { return sums; },
+          [&](int64_t c, int64_t cols) { divide(sums, kTileCols, running.total, slots, cols, out + c, p.C); });
+    } else {
+      if (n > 0) rescale(sums, slots, p.C, running.factor);
+      multiply_values(
+          weights, values, p.value.row_stride, tokens, slots, p.C, terms, p.C, n > 0, worker.panels,
+          [&](int64_t c) { return sums + c; }, [](int64_t, int64_t) {});
+    }
   }
-  finish(sums, running, slots, p.C, out, p.lse + image * p.M + slot);
+  if (!one_block || p.N == 0) divide(sums, p.C, running.total, slots, p.C, out, p.C);
+  float* const lse = p.lse + image * p.M + slot;
+  for (int64_t m = 0; m < slots; ++m) {
+    lse[m] = running.total[m] == 0.0f ? kNegativeInfinity : running.maximum[m] + __builtin_logf(running.total[m]);
+  }
   if (kept) normalise(p, plan, worker, slots, kept);
 }
 

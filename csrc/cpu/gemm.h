@@ -14,6 +14,7 @@ namespace {
 constexpr int kTileVectors = 2;
 constexpr int kTileCols = kTileVectors * kLanes;
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;  // accumulators: 24 of 32 registers, or 12 of 16
+constexpr int64_t kPanelGroup = 8;   // panels that are packed together
 constexpr int64_t kDepthBlock = 256;  // words; one panel block of B: 32 KiB with the widest vectors, the first-level cache
 
 struct Singles {
@@ -44,18 +45,11 @@ struct Left {
 // Words that `pack` writes for B[depth, cols], its depth counted in words: whole panels, one behind the other.
 TK_INLINE int64_t packed_size(int64_t depth, int64_t cols) { return ceil_div(cols, kTileCols) * kTileCols * depth; }
 
-// One panel, B's rows contiguous: from[k * depth_stride + n], cols ≤ kTileCols; zeros beyond cols.
+// One panel, B's rows contiguous: from[k * depth_stride + n], cols < kTileCols; zeros beyond cols.
 template <class T>
 void pack_panel(const T* from, int64_t depth_stride, int64_t depth, int64_t cols, float* to) {
   const int first_cols = static_cast<int>(smaller<int64_t>(cols, kLanes));
   const int second_cols = static_cast<int>(cols) - first_cols;
-  if (cols == kTileCols) {
-    for (int64_t k = 0; k < depth; ++k) {
-      store(to + k * kTileCols, load(from + k * depth_stride));
-      store(to + k * kTileCols + kLanes, load(from + k * depth_stride + kLanes));
-    }
-    return;
-  }
   for (int64_t k = 0; k < depth; ++k) {
     store(to + k * kTileCols, load(from + k * depth_stride, first_cols));
     store(to + k * kTileCols + kLanes,
@@ -112,16 +106,33 @@ void pack_panel_transposed(const T* from, int64_t col_stride, int64_t depth, int
   }
 }
 
+// Whole panels side by side, kPanelGroup at a time: their rows are read in long runs, which the prefetchers follow.
+template <class T>
+void pack_whole_panels(const T* from, int64_t depth_stride, int64_t depth, int64_t panels, float* to) {
+  for (int64_t first = 0; first < panels; first += kPanelGroup) {
+    const int64_t last = smaller(panels, first + kPanelGroup);
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t panel = first; panel < last; ++panel) {
+        const T* row = from + k * depth_stride + panel * kTileCols;
+        float* out = to + (panel * depth + k) * kTileCols;
+        store(out, load(row));
+        store(out + kLanes, load(row + kLanes));
+      }
+    }
+  }
+}
+
 // Packs B[depth, cols]: element (k, n) at from[k * depth_stride + n * col_stride], where one of the strides is 1.
 template <class T>
 void pack(const T* from, int64_t depth_stride, int64_t col_stride, int64_t depth, int64_t cols, float* to) {
+  if (col_stride == 1) {
+    const int64_t whole = cols / kTileCols, done = whole * kTileCols;
+    pack_whole_panels(from, depth_stride, depth, whole, to);
+    if (done < cols) pack_panel(from + done, depth_stride, depth, cols - done, to + done * depth);
+    return;
+  }
   for (int64_t n = 0; n < cols; n += kTileCols, to += depth * kTileCols) {
-    const int64_t count = smaller<int64_t>(cols - n, kTileCols);
-    if (col_stride == 1) {
-      pack_panel(from + n, depth_stride, depth, count, to);
-    } else {
-      pack_panel_transposed(from + n * col_stride, col_stride, depth, count, to);
-    }
+    pack_panel_transposed(from + n * col_stride, col_stride, depth, smaller<int64_t>(cols - n, kTileCols), to);
   }
 }
 

@@ -15,14 +15,22 @@ TK_INLINE __m512i join(__m256i even, __m256i odd) {
 
 TK_INLINE __m256i round_halves(Floats value) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)); }
 
-// One panel, B's rows contiguous: from[k * depth_stride + n], `depth` elements, cols ≤ kTileCols; zeros beyond both.
-inline void pack_panel_pairs(const BFloat16* from, int64_t depth_stride, int64_t depth, int64_t cols, float* to) {
-  const __mmask32 mask = first_halves(cols);
-  for (int64_t k = 0; k < depth; k += 2, to += kTileCols) {
-    const __m512i even = _mm512_maskz_loadu_epi16(mask, from + k * depth_stride);
-    const __m512i odd = _mm512_maskz_loadu_epi16(k + 1 < depth ? mask : 0, from + (k + 1) * depth_stride);
-    _mm512_storeu_si512(to, join(_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd)));
-    _mm512_storeu_si512(to + kLanes, join(_mm512_extracti64x4_epi64(even, 1), _mm512_extracti64x4_epi64(odd, 1)));
+// B's rows contiguous: from[k * depth_stride + n], `depth` elements; zeros beyond depth and cols.
+inline void pack_panels_pairs(const BFloat16* from, int64_t depth_stride, int64_t depth, int64_t cols, float* to) {
+  const int64_t words = Pairs::words(depth);
+  for (int64_t first_col = 0; first_col < cols; first_col += kPanelGroup * kTileCols) {
+    const int64_t last_col = smaller(cols, first_col + kPanelGroup * kTileCols);
+    for (int64_t k = 0; k < depth; k += 2) {
+      for (int64_t n = first_col; n < last_col; n += kTileCols) {
+        const __mmask32 mask = first_halves(smaller<int64_t>(cols - n, kTileCols));
+        const BFloat16* row = from + k * depth_stride + n;
+        const __m512i even = _mm512_maskz_loadu_epi16(mask, row);
+        const __m512i odd = _mm512_maskz_loadu_epi16(k + 1 < depth ? mask : 0, row + depth_stride);
+        float* out = to + n * words + k / 2 * kTileCols;
+        _mm512_storeu_si512(out, join(_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd)));
+        _mm512_storeu_si512(out + kLanes, join(_mm512_extracti64x4_epi64(even, 1), _mm512_extracti64x4_epi64(odd, 1)));
+      }
+    }
   }
 }
 
@@ -52,13 +60,9 @@ struct Product<BFloat16> {
   using Kind = Pairs;
 
   static void pack(const BFloat16* from, int64_t depth_stride, int64_t col_stride, int64_t depth, int64_t cols, float* to) {
+    if (col_stride == 1) return pack_panels_pairs(from, depth_stride, depth, cols, to);
     for (int64_t n = 0; n < cols; n += kTileCols, to += Kind::words(depth) * kTileCols) {
-      const int64_t count = smaller<int64_t>(cols - n, kTileCols);
-      if (col_stride == 1) {
-        pack_panel_pairs(from + n, depth_stride, depth, count, to);
-      } else {
-        pack_panel_pairs_transposed(from + n * col_stride, col_stride, depth, count, to);
-      }
+      pack_panel_pairs_transposed(from + n * col_stride, col_stride, depth, smaller<int64_t>(cols - n, kTileCols), to);
     }
   }
 
