@@ -51,7 +51,9 @@ def aggregate_soft(
     mask: Array | None = None,
     return_weights: bool = False,
 ) -> Array | tuple[Array, Array]:
-    """Gathers N tokens into M slots by a softmax over the tokens; see `tokenkernels.aggregate_soft`."""
+    """Gathers N tokens into M slots by a softmax over the tokens; see
+    `tokenkernels.aggregate_soft`.
+    """
     _check_aggregate_soft(query, key, value, scale, bias, mask, return_weights)
     if bias is not None:
         bias = bias.astype(np.float32, copy=False)
@@ -59,14 +61,14 @@ def aggregate_soft(
         query, key, value, bias, mask, float(scale), return_weights
     )
     if not return_weights:
-        return tokens  # type: ignore[no-any-return]
+        return tokens
     return tokens, weights.swapaxes(1, 2).astype(tokens.dtype, copy=False)
 
 
 def aggregate_logits(logits: Array, value: Array, *, mask: Array | None = None) -> Array:
     """Gathers N tokens into M slots by given logits; see `tokenkernels.aggregate_logits`."""
     _check_aggregate_logits(logits, value, mask)
-    return _core.aggregate_logits(logits, value, mask)  # type: ignore[no-any-return]
+    return _core.aggregate_logits(logits, value, mask)
 
 
 class Selected(NamedTuple):

@@ -1,4 +1,6 @@
-"""What people write today with given logits: softmax over the tokens, bmm. Attention kernels take no logits."""
+"""What people write today with given logits: softmax over the tokens, bmm. Attention kernels take
+no logits.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from . import Peer
 
 
 def softmax_bmm(logits: Tensor, value: Tensor) -> list[Tensor]:
-    """As Soft MoE, TokenLearner and NetVLAD code does it: softmax over dim 1, transposed product."""
+    """As Soft MoE, TokenLearner and NetVLAD code does it: softmax over dim 1, transposed
+    product.
+    """
     return [torch.bmm(torch.softmax(logits, 1).mT, value)]
 
 

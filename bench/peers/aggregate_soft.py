@@ -1,4 +1,6 @@
-"""What people write today for softmax pooling: softmax and bmm, and scaled_dot_product_attention."""
+"""What people write today for softmax pooling: softmax and bmm, and
+scaled_dot_product_attention.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from . import Peer
 
 
 def softmax_bmm(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """The scores of all slots, softmax over the tokens as last dimension, product with the values."""
+    """The scores of all slots, softmax over the tokens as last dimension, product with the
+    values.
+    """
     return [torch.bmm(torch.softmax(query @ key.mT, -1), value)]
 
 
@@ -21,7 +25,9 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
 
 
 def sdpa_two_heads(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """Values split into two heads under the same queries and keys: smaller head dims, scores made twice."""
+    """Values split into two heads under the same queries and keys: smaller head dims, scores made
+    twice.
+    """
     batch, tokens, channels = value.shape
     slots = query.expand(batch, 2, *query.shape[-2:])
     keys = key[:, None].expand(batch, 2, tokens, key.shape[2])

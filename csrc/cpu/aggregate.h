@@ -18,13 +18,13 @@ TK_INLINE int64_t block_size(int64_t count, int64_t most) {
   return count <= most ? larger<int64_t>(count, 1) : ceil_div(count, ceil_div(count, most));
 }
 
-// Hands out consecutive pieces of the scratch, each aligned to a cache line; with a null base it only counts.
+// Hands out consecutive pieces of the scratch, each aligned to a cache line; from address 0 it only counts.
 struct Arena {
-  char* base;
+  uintptr_t base;
   int64_t used = 0;
 
   float* floats(int64_t count) {
-    char* piece = base + used;
+    const uintptr_t piece = base + static_cast<uintptr_t>(used);
     used += ceil_div(count * 4, 64) * 64;
     return reinterpret_cast<float*>(piece);
   }

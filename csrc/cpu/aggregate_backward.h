@@ -284,12 +284,12 @@ struct BackwardScratch {
   float* kept;    // score gradients of a chunk
   float* packed;  // one group of panels of keys per worker of the query phase
   double* scale;  // what the scale gets from each block
-  char* workers;
+  uintptr_t workers;
   int64_t worker_bytes, bytes;
 };
 
 BackwardScratch backward_scratch(const AggregateSoftBackward& p, const Cuts& cuts, int threads) {
-  Arena arena{static_cast<char*>(p.scratch)}, own{nullptr};
+  Arena arena{reinterpret_cast<uintptr_t>(p.scratch)}, own{0};
   const bool query = p.query_grad != nullptr;
   BackwardScratch scratch;
   scratch.sums = arena.floats(query ? cuts.sums * (cuts.shared ? 1 : cuts.images) : 0);
@@ -297,7 +297,7 @@ BackwardScratch backward_scratch(const AggregateSoftBackward& p, const Cuts& cut
   scratch.packed = arena.floats(query ? threads * cuts.tokens * kGroupCols : 0);
   scratch.scale = reinterpret_cast<double*>(arena.floats(p.scale_grad ? 2 * p.B * cuts.blocks : 0));
   backward_worker(p, cuts, &own);
-  scratch.workers = arena.base + arena.used;
+  scratch.workers = arena.base + static_cast<uintptr_t>(arena.used);
   scratch.worker_bytes = own.used;
   scratch.bytes = arena.used + own.used * cuts.workers;
   return scratch;
@@ -325,7 +325,7 @@ void run_backward(const AggregateSoftBackward& p, const Pool& pool) {
   const float scale = p.scale_tensor ? *p.scale_tensor : p.scale;
   const BackwardScratch scratch = backward_scratch(p, cuts, pool.threads);
   for (int64_t i = 0; i < cuts.workers; ++i) {
-    Arena own{scratch.workers + i * scratch.worker_bytes};
+    Arena own{scratch.workers + static_cast<uintptr_t>(i * scratch.worker_bytes)};
     const BackwardWorker worker = backward_worker(p, cuts, &own);
     *worker.packed_gradient = *worker.packed_query = -1;
   }
@@ -337,7 +337,7 @@ void run_backward(const AggregateSoftBackward& p, const Pool& pool) {
       const int64_t blocks = smaller(cuts.blocks - block, cuts.chunk_blocks);
       share_tasks(pool, images * blocks, cuts.workers, [&](int64_t task, int64_t index) {
         const int64_t i = task / blocks, j = task % blocks;
-        Arena own{scratch.workers + index * scratch.worker_bytes};
+        Arena own{scratch.workers + static_cast<uintptr_t>(index * scratch.worker_bytes)};
         const double scale_grad =
             backward_block<T, Given>(p, cuts, backward_worker(p, cuts, &own), scale, image + i, (block + j) * cuts.tokens,
                                      scratch.kept + (i * cuts.chunk_blocks + j) * cuts.tokens * cuts.stride);

@@ -112,9 +112,9 @@ void run(const AggregateSoft& p, const Pool& pool) {
   const Plan plan(p, pool.threads);
   const float scale = p.scale_tensor ? *p.scale_tensor : p.scale;
   const bool shared = p.query.batch_stride == 0;
-  Arena arena{static_cast<char*>(p.scratch)};
+  Arena arena{reinterpret_cast<uintptr_t>(p.scratch)};
   float* const packed = arena.floats(shared ? packed_size(p.E, p.M) : 0);
-  Arena sizes{nullptr};
+  Arena sizes{0};
   worker_scratch(p, plan, &sizes);
   if (shared) {
     parallel_for(pool, ceil_div(p.M, kTileCols), 1, [&](int64_t begin, int64_t end) {
@@ -126,7 +126,7 @@ void run(const AggregateSoft& p, const Pool& pool) {
   share_tasks(pool, p.B * plan.parts, plan.workers, [&](int64_t task, int64_t index) {
     const int64_t image = task / plan.parts, slot = task % plan.parts * plan.slots;
     if (slot >= p.M) return;
-    Arena own{arena.base + arena.used + index * sizes.used};
+    Arena own{arena.base + static_cast<uintptr_t>(arena.used + index * sizes.used)};
     const Worker worker = worker_scratch(p, plan, &own);
     if (!shared) {
       Product<T>::pack(rows_of<T>(p.query, image, slot), 1, p.query.row_stride, p.E, smaller(p.M - slot, plan.slots), worker.query);
@@ -137,7 +137,7 @@ void run(const AggregateSoft& p, const Pool& pool) {
 
 int64_t forward_scratch(const AggregateSoft& p, int threads) {
   const Plan plan(p, threads);
-  Arena shared{nullptr}, own{nullptr};
+  Arena shared{0}, own{0};
   shared.floats(p.query.batch_stride == 0 ? packed_size(p.E, p.M) : 0);
   worker_scratch(p, plan, &own);
   return shared.used + plan.workers * own.used;

@@ -26,9 +26,14 @@ def _everything(t: Make) -> dict[str, Any]:
     key, value = t.randn(3, 41, 20), t.randn(3, 41, 37)
     key[0, ~mask[0]], value[2, ~mask[2]] = torch.nan, torch.nan
     return {
-        "query": t.randn(3, 18, 20), "key": key, "value": value, "bias": t.randn(3, 41), "mask": mask,
-        "scale": t.randn(1)[0] * 0.2, "return_weights": True,
-    }  # fmt: skip
+        "query": t.randn(3, 18, 20),
+        "key": key,
+        "value": value,
+        "bias": t.randn(3, 41),
+        "mask": mask,
+        "scale": t.randn(1)[0] * 0.2,
+        "return_weights": True,
+    }
 
 
 def _key_is_value(t: Make) -> dict[str, Any]:
@@ -94,6 +99,7 @@ def _sizes(kwargs: dict[str, Any]) -> tuple[int, int, int, int, int]:
 
 
 def cost(kwargs: dict[str, Any]) -> tuple[float, float]:
+    """Inputs read once, slots (and weights that are asked for) written once; two products."""
     batch, tokens, slots, features, channels = _sizes(kwargs)
     size = kwargs["value"].element_size()
     read = kwargs["query"].numel() + batch * tokens * (
@@ -106,13 +112,11 @@ def cost(kwargs: dict[str, Any]) -> tuple[float, float]:
 
 
 def length(kwargs: dict[str, Any]) -> float:
+    """The longest sum: what the scale gets, where it is learned, sums over everything."""
     batch, tokens, slots, features, channels = _sizes(kwargs)
-    learned = (
-        isinstance(kwargs["scale"], Tensor)
-        if "scale" in kwargs and "need_scale" not in kwargs
-        else kwargs.get("need_scale")
-    )
-    return batch * tokens * slots * features if learned else max(tokens, slots, features, channels)
+    if kwargs.get("need_scale", isinstance(kwargs.get("scale"), Tensor)):
+        return batch * tokens * slots * features
+    return max(tokens, slots, features, channels)
 
 
 CASES = [
@@ -145,11 +149,23 @@ def _backward_case(kept: bool = True, **needs: bool) -> Any:
         scores = scores.masked_fill(~mask[..., None], -torch.inf)
         weights, lse = torch.softmax(scores, 1), torch.logsumexp(scores, 1)
         tokens = weights.mT @ value.float()
-        return {
-            "gradient": t.randn(2, 17, 21), "query": query, "key": key, "value": value, "bias": bias, "mask": mask,
-            "scale_tensor": scale, "scale": 1.0, "tokens": tokens.to(t.dtype), "lse": lse,
-            "weights": weights if kept else None,
-        } | {"need_query": True, "need_key": True, "need_value": True, "need_scale": True} | needs  # fmt: skip
+        return (
+            {
+                "gradient": t.randn(2, 17, 21),
+                "query": query,
+                "key": key,
+                "value": value,
+                "bias": bias,
+                "mask": mask,
+                "scale_tensor": scale,
+                "scale": 1.0,
+                "tokens": tokens.to(t.dtype),
+                "lse": lse,
+                "weights": weights if kept else None,
+            }
+            | {"need_query": True, "need_key": True, "need_value": True, "need_scale": True}
+            | needs
+        )
 
     return make
 

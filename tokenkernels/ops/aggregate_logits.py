@@ -1,4 +1,6 @@
-"""aggregate_logits: M slots from N tokens, each a softmax-weighted mean over the tokens, with the logits given."""
+"""aggregate_logits: M slots from N tokens, each a softmax-weighted mean over the tokens, with the
+logits given.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,17 @@ def aggregate_logits(
 ) -> Tensor:
     """Gathers N tokens into M slots: out[b, m] = Σ_n softmax_n(logits[b, n, m]) · value[b, n].
 
-    The softmax runs over the tokens of each slot, in float32, down the columns as they lie. Gradients to logits and value, made
-    from the logits again: nothing of size M×N is kept. Under autocast both are cast.
+    The softmax runs over the tokens of each slot, in float32, down the columns as they lie.
+    Gradients to logits and value, made from the logits again: nothing of size M×N is kept. Under
+    autocast both are cast.
 
     Args:
-        logits: (B, N, M), float32, float16 or bfloat16: what any router gives, noise and bias included.
-        value: (B, N, C), the same dtype. A last dimension that is not contiguous costs a copy, of logits too.
-        mask: (B, N) bool, True where a token takes part. What the others hold, NaN included, never shows.
+        logits: (B, N, M), float32, float16 or bfloat16: what any router gives, noise and bias
+            included.
+        value: (B, N, C), the same dtype. A last dimension that is not contiguous costs a copy, of
+            logits too.
+        mask: (B, N) bool, True where a token takes part. What the others hold, NaN included, never
+            shows.
         backend: "native", "triton" or "reference"; the best one there by default.
 
     Returns:
@@ -33,7 +39,8 @@ def aggregate_logits(
         ValueError: shapes that do not fit.
         TypeError: dtypes outside the list or not equal.
 
-    Source: TokenLearner (Ryoo et al. 2021), eq. 2, with a softmax; the dispatch of Soft MoE (Puigcerver et al. 2024), eq. 1–2.
+    Source: TokenLearner (Ryoo et al. 2021), eq. 2, with a softmax; the dispatch of Soft MoE
+    (Puigcerver et al. 2024), eq. 1–2.
 
     Example:
         >>> import torch, tokenkernels as tk
@@ -44,11 +51,13 @@ def aggregate_logits(
     _check(logits, value, mask, backend)
     logits, value = autocast(logits, value)
     tokens, _ = OP(backend, value.device.type, logits, value, mask)
-    return tokens  # type: ignore[no-any-return]
+    return tokens
 
 
 def _softmax(logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weights over dim 1 and the logarithm of their total, in float32 (float64 stays); all zero where every logit is −inf."""
+    """Weights over dim 1 and the logarithm of their total, in float32 (float64 stays); all zero
+    where every logit is −inf.
+    """
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if mask is not None:
         scores = scores.masked_fill(~mask[..., None], -torch.inf)
@@ -124,8 +133,8 @@ def _backward_fake(
 
 
 BACKWARD = Op(
-    schema="aggregate_logits_backward(Tensor gradient, Tensor logits, Tensor value, Tensor? mask, Tensor tokens, "
-    "Tensor lse, bool need_logits, bool need_value) -> (Tensor, Tensor)",
+    schema="aggregate_logits_backward(Tensor gradient, Tensor logits, Tensor value, Tensor? mask, "
+    "Tensor tokens, Tensor lse, bool need_logits, bool need_value) -> (Tensor, Tensor)",
     reference=_backward_reference,
     fake=_backward_fake,
     cases=cases.BACKWARD_CASES,

@@ -1,4 +1,6 @@
-"""aggregate_soft: M slots from N tokens, each a softmax-weighted mean over the tokens; attention without heads or projections."""
+"""aggregate_soft: M slots from N tokens, each a softmax-weighted mean over the tokens; attention
+without heads or projections.
+"""
 
 from __future__ import annotations
 
@@ -23,32 +25,40 @@ def aggregate_soft(
     return_weights: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Gathers N tokens into M slots: out[b, m] = Σ_n softmax_n(scale·⟨query[m], key[b, n]⟩ + bias[b, n]) · value[b, n].
+    """Gathers N tokens into M slots: out[b, m] = Σ_n softmax_n(scale·⟨query[m], key[b, n]⟩ +
+    bias[b, n]) · value[b, n].
 
-    The softmax runs over the tokens of each slot; scores, softmax and sums are float32. Gradients to query, key, value, bias and a tensor
-    scale. For them the softmax is kept where it is no larger than the values (M × 4 bytes ≤ a row of value) and the scale is no parameter,
-    else made again; without gradients nothing of size M×N exists. Sizes are free: M > N, N = 1 and E ≠ C are fine. Under autocast query, key and value are cast.
+    The softmax runs over the tokens of each slot; scores, softmax and sums are float32. Gradients
+    to query, key, value, bias and a tensor scale. For them the softmax is kept where it is no
+    larger than the values (M × 4 bytes ≤ a row of value) and the scale is no parameter, else made
+    again; without gradients nothing of size M×N exists. Sizes are free: M > N, N = 1 and E ≠ C are
+    fine. Under autocast query, key and value are cast.
 
     Args:
         query: (M, E), shared by all images, or (B, M, E); float32, float16 or bfloat16.
-        key: (B, N, E), the same dtype. It may be `value` itself. A last dimension that is not contiguous costs a copy, here and below.
+        key: (B, N, E), the same dtype. It may be `value` itself. A last dimension that is not
+            contiguous costs a copy, here and below.
         value: (B, N, C), the same dtype.
-        scale: Multiplies the scores; a tensor of 0 dimensions is read inside the kernel and gets a gradient.
-        bias: (B, N), added to the scores of a token, such as the logarithm of its size; any floating dtype.
-        mask: (B, N) bool, True where a token takes part. What the others hold, NaN included, never shows.
+        scale: Multiplies the scores; a tensor of 0 dimensions is read inside the kernel and gets a
+            gradient.
+        bias: (B, N), added to the scores of a token, such as the logarithm of its size; any
+            floating dtype.
+        mask: (B, N) bool, True where a token takes part. What the others hold, NaN included, never
+            shows.
         return_weights: Also return the softmax, without gradient.
         backend: "native", "triton" or "reference"; the best one there by default.
 
     Returns:
-        (B, M, C); a slot that no token reaches (all masked, or all scores −inf) is zero. With `return_weights` a tuple of that and the
-        weights (B, M, N) in the same dtype.
+        (B, M, C); a slot that no token reaches (all masked, or all scores −inf) is zero. With
+        `return_weights` a tuple of that and the weights (B, M, N) in the same dtype.
 
     Raises:
         ValueError: shapes that do not fit, a scale with dimensions.
         TypeError: dtypes outside the list or not equal.
 
-    Source: SiT (Zong et al. 2022), eq. 2–3, the token slimming module; the same form serves TokenLearner v1.1, PatchMerger, the dispatch
-    of Soft MoE (Puigcerver et al. 2024, eq. 1–2) and attention pooling.
+    Source: SiT (Zong et al. 2022), eq. 2–3, the token slimming module; the same form serves
+    TokenLearner v1.1, PatchMerger, the dispatch of Soft MoE (Puigcerver et al. 2024, eq. 1–2) and
+    attention pooling.
 
     Example:
         >>> import torch, tokenkernels as tk
@@ -67,9 +77,17 @@ def aggregate_soft(
         fits and not _wants_gradient(scale_tensor) and _wants_gradient(query, key, value, bias)
     )
     tokens, _, weights = OP(
-        backend, value.device.type, query, key, value, bias, mask, scale_tensor,
-        1.0 if scale_tensor is not None else float(scale), keep,
-    )  # fmt: skip
+        backend,
+        value.device.type,
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale_tensor,
+        1.0 if scale_tensor is not None else float(scale),
+        keep,
+    )
     return (tokens, weights.detach().mT.to(tokens.dtype)) if return_weights else tokens
 
 
@@ -100,9 +118,15 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _reference(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, scale_tensor: Tensor | None,
-    scale: float, keep_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale_tensor: Tensor | None,
+    scale: float,
+    keep_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     weights, lse = _softmax(
         _scores(query, key, bias, mask, scale if scale_tensor is None else scale_tensor)
     )
@@ -113,9 +137,15 @@ def _reference(
 
 
 def _fake(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, scale_tensor: Tensor | None,
-    scale: float, keep_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale_tensor: Tensor | None,
+    scale: float,
+    keep_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, _ = key.shape
     slots, wide = query.shape[-2], torch.promote_types(value.dtype, torch.float32)
     weights = (batch, tokens, slots) if keep_weights else (0,)
@@ -147,9 +177,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 def _backward(run: Any, ctx: Any, gradient: Tensor, _lse: Any, _weights: Any) -> tuple[Any, ...]:
     query, key, value, bias, mask, scale_tensor, tokens, lse, *weights = ctx.saved_tensors
     results = run(
-        BACKWARD, gradient, query, key, value, bias, mask, scale_tensor, ctx.scale, tokens, lse,
-        weights[0] if weights else None, *ctx.needs,
-    )  # fmt: skip
+        BACKWARD,
+        gradient,
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale_tensor,
+        ctx.scale,
+        tokens,
+        lse,
+        weights[0] if weights else None,
+        *ctx.needs,
+    )
     wanted = (*ctx.needs[:3], bias is not None, ctx.needs[3])
     query_grad, key_grad, value_grad, bias_grad, scale_grad = (
         g if w else None for g, w in zip(results, wanted, strict=True)
@@ -158,10 +199,22 @@ def _backward(run: Any, ctx: Any, gradient: Tensor, _lse: Any, _weights: Any) ->
 
 
 def _backward_reference(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None,
-    scale_tensor: Tensor | None, scale: float, tokens: Tensor, lse: Tensor, weights: Tensor | None,
-    need_query: bool, need_key: bool, need_value: bool, need_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale_tensor: Tensor | None,
+    scale: float,
+    tokens: Tensor,
+    lse: Tensor,
+    weights: Tensor | None,
+    need_query: bool,
+    need_key: bool,
+    need_value: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(query.dtype, torch.float32)
     factor = scale if scale_tensor is None else scale_tensor
     if mask is not None:
@@ -187,10 +240,22 @@ def _backward_reference(
 
 
 def _backward_fake(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None,
-    scale_tensor: Tensor | None, scale: float, tokens: Tensor, lse: Tensor, weights: Tensor | None,
-    need_query: bool, need_key: bool, need_value: bool, need_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale_tensor: Tensor | None,
+    scale: float,
+    tokens: Tensor,
+    lse: Tensor,
+    weights: Tensor | None,
+    need_query: bool,
+    need_key: bool,
+    need_value: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(query.dtype, torch.float32)
     return (
         query.new_empty(query.shape if need_query else (0,)),
@@ -202,9 +267,10 @@ def _backward_fake(
 
 
 BACKWARD = Op(
-    schema="aggregate_soft_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, "
-    "Tensor? scale_tensor, float scale, Tensor tokens, Tensor lse, Tensor? weights, bool need_query, bool need_key, "
-    "bool need_value, bool need_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="aggregate_soft_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, "
+    "Tensor? bias, Tensor? mask, Tensor? scale_tensor, float scale, Tensor tokens, Tensor lse, "
+    "Tensor? weights, bool need_query, bool need_key, bool need_value, bool need_scale) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_backward_reference,
     fake=_backward_fake,
     cases=cases.BACKWARD_CASES,
@@ -212,8 +278,8 @@ BACKWARD = Op(
 )
 
 OP = Op(
-    schema="aggregate_soft(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? scale_tensor, "
-    "float scale, bool keep_weights) -> (Tensor, Tensor, Tensor)",
+    schema="aggregate_soft(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, "
+    "Tensor? scale_tensor, float scale, bool keep_weights) -> (Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
     function=aggregate_soft,
