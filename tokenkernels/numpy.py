@@ -16,6 +16,8 @@ from . import checks
 from .checks.accumulate_codes import accumulate_codes as _check_accumulate_codes
 from .checks.assign_nearest import assign_nearest as _check_assign_nearest
 from .checks.assign_residual import assign_residual as _check_assign_residual
+from .checks.aggregate_logits import aggregate_logits as _check_aggregate_logits
+from .checks.aggregate_soft import aggregate_soft as _check_aggregate_soft
 from .checks import compact_kv as _check_compact_kv
 from .checks.gather_topk import gather_topk as _check_gather_topk
 from .checks.score_attention import score_attention as _check_score_attention
@@ -46,6 +48,36 @@ Array = np.ndarray
 _METRIC = {"l2": 0, "cosine": 1, "dot": 2}
 _FUSE = {None: 0, "sum": 1, "mean": 2}
 _HEADS = {"mean": 0, "group": 1, "none": 2}
+
+
+def aggregate_soft(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    scale: float = 1.0,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    return_weights: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Gathers N tokens into M slots by a softmax over the tokens; see
+    `tokenkernels.aggregate_soft`.
+    """
+    _check_aggregate_soft(query, key, value, scale, bias, mask, return_weights)
+    if bias is not None:
+        bias = bias.astype(np.float32, copy=False)
+    tokens, weights = _core.aggregate_soft(
+        query, key, value, bias, mask, float(scale), return_weights
+    )
+    if not return_weights:
+        return tokens
+    return tokens, weights.swapaxes(1, 2).astype(tokens.dtype, copy=False)
+
+
+def aggregate_logits(logits: Array, value: Array, *, mask: Array | None = None) -> Array:
+    """Gathers N tokens into M slots by given logits; see `tokenkernels.aggregate_logits`."""
+    _check_aggregate_logits(logits, value, mask)
+    return _core.aggregate_logits(logits, value, mask)
 
 
 class Selected(NamedTuple):

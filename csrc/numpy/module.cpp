@@ -3,6 +3,8 @@
 
 namespace tk::bind {
 void bind_accumulate_codes(py::module_& m);
+void bind_aggregate_logits(py::module_& m);
+void bind_aggregate_soft(py::module_& m);
 void bind_assign_nearest(py::module_& m);
 void bind_assign_residual(py::module_& m);
 void bind_compact_kv(py::module_& m);
@@ -16,6 +18,8 @@ PYBIND11_MODULE(_numpy, m) {
   m.def("instruction_set", &tk::instruction_set);
   m.def("set_instruction_set", &tk::set_instruction_set);
   tk::bind::bind_accumulate_codes(m);
+  tk::bind::bind_aggregate_logits(m);
+  tk::bind::bind_aggregate_soft(m);
   tk::bind::bind_assign_nearest(m);
   tk::bind::bind_assign_residual(m);
   tk::bind::bind_compact_kv(m);
