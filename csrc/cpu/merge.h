@@ -8,8 +8,9 @@ namespace tk::TK_ISA {
 namespace {
 
 // Tokens are measured, then placed, then written: three phases, on stretches of this many bytes,
-// which are still in a second-level cache when they are read again.
-constexpr int64_t kStretchBytes = int64_t{2} << 20;
+// which are still in the last-level cache when they are read again. Each phase ends with a barrier,
+// so that much shorter stretches would wait more than they read.
+constexpr int64_t kStretchBytes = int64_t{4} << 20;
 
 // A range of work smaller than this is not worth another thread.
 constexpr int64_t kGrainBytes = int64_t{1} << 16;
