@@ -235,79 +235,96 @@ void multiply_many(const float* query, int rows, int64_t dim, const T* key, int6
 }
 
 // kLanes / Rows keys at a time, read one after the other, as memory likes it; keys that lie apart
-// are asked for ahead. query[row][d], rows and dimensions padded with zeros; `padded` dimensions a
-// row.
-template <int Rows, class T>
-void multiply_few(const float* query, int rows, int64_t dim, int64_t padded, const T* key,
-                  int64_t stride, int keys, float* scores, int64_t width) {
+// are asked for ahead. query[row][word], words padded with zeros to whole vectors; Rows ≥ rows.
+template <bool Pairs, int Rows, class T>
+void multiply_few(const float* query, int rows, int64_t dim, const T* key, int64_t stride, int keys,
+                  float* scores, int64_t width) {
   constexpr int kKeys = kLanes / Rows, kKeysAhead = 6, kLine = 64 / sizeof(T);
-  const int64_t apart = stride == dim ? 0 : dim;
+  const int64_t apart = stride == dim ? 0 : dim, words = Pairs ? dim / 2 : dim;
+  const int64_t whole = words / kLanes * kLanes, padded = ceil_div(words, kLanes) * kLanes;
+  const float* q[Rows];
+  for (int r = 0; r < Rows; ++r) q[r] = query + smaller(r, rows - 1) * padded;
   for (int j = 0; j < keys; j += kKeys) {
     Floats sums[kLanes];
     for (int i = 0; i < kKeys; ++i) {
-      const T* k = key + smaller(j + i, keys - 1) * stride;
-      for (int64_t d = 0; d < apart; d += kLine) __builtin_prefetch(k + kKeysAhead * stride + d);
+      const T* row = key + smaller(j + i, keys - 1) * stride;
+      for (int64_t d = 0; d < apart; d += kLine) __builtin_prefetch(row + kKeysAhead * stride + d);
+      const auto* k = words_of<Pairs>(row);
       Floats products[Rows] = {};
-      int64_t d = 0;
-      for (; d + kLanes <= dim; d += kLanes) {
-        for (int r = 0; r < Rows; ++r) products[r] += load(query + r * padded + d) * load(k + d);
+      for (int64_t w = 0; w < whole; w += kLanes) {
+        for (int r = 0; r < Rows; ++r) {
+          products[r] = multiply_add<Pairs>(products[r], load(q[r] + w), load(k + w));
+        }
       }
-      if (d < dim) {
-        const Floats rest = load(k + d, static_cast<int>(dim - d));
-        for (int r = 0; r < Rows; ++r) products[r] += load(query + r * padded + d) * rest;
+      if (whole < words) {
+        const Floats rest = load(k + whole, static_cast<int>(words - whole));
+        for (int r = 0; r < Rows; ++r) {
+          products[r] = multiply_add<Pairs>(products[r], load(q[r] + whole), rest);
+        }
       }
       for (int r = 0; r < Rows; ++r) sums[r * kKeys + i] = products[r];
     }
     float lanes[kLanes];
     store(lanes, sum_lanes(sums));
-    for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < rows; ++r) {
       std::memcpy(scores + r * width + j, lanes + r * kKeys, sizeof(float) * kKeys);
+    }
   }
 }
 
-enum class Products { kFew, kMany, kPairs };
+// How the products of a block of rows are made.
+struct Way {
+  bool few, pairs;
+};
 
-Products products_of(DType dtype, int64_t rows, int64_t dim) {
-  if (rows <= kFewRows) return Products::kFew;
-  return dtype == DType::kBFloat16 && dim % 2 == 0 && multiplies_pairs() ? Products::kPairs
-                                                                         : Products::kMany;
+Way way_of(DType dtype, int64_t rows, int64_t dim) {
+  return {rows <= kFewRows, dtype == DType::kBFloat16 && dim % 2 == 0 && multiplies_pairs()};
 }
+
+// Floats that the packed queries take.
+int64_t packed_floats(int64_t rows, int64_t dim) { return rows * ceil_div(dim, kLanes) * kLanes; }
 
 // scores[r][j] for `keys` ≤ kTile keys, the scores of one row `width` apart (`width` ≥ keys rounded
 // up to kLanes).
+template <bool Pairs, class T>
+TK_INLINE void multiply_tile(Way way, const float* query, int rows, int64_t dim, const T* key,
+                             int64_t stride, int keys, float* scores, int64_t width) {
+  auto* function = multiply_many<Pairs, T>;
+  if (way.few) function = multiply_few<Pairs, 4, T>;
+  if (way.few && rows == 2) function = multiply_few<Pairs, 2, T>;
+  if (way.few && rows == 1) function = multiply_few<Pairs, 1, T>;
+  function(query, rows, dim, key, stride, keys, scores, width);
+}
+
 template <class T>
-void multiply_tile(Products way, const float* query, int rows, int64_t dim, const T* key,
-                   int64_t stride, int keys, float* scores, int64_t width) {
-  const int64_t padded = ceil_div(dim, kLanes) * kLanes;
+void multiply_tile(Way way, const float* query, int rows, int64_t dim, const T* key, int64_t stride,
+                   int keys, float* scores, int64_t width) {
   if constexpr (sizeof(T) == 2) {
-    if (way == Products::kPairs)
-      return multiply_many<true>(query, rows, dim, key, stride, keys, scores, width);
+    if (way.pairs) {
+      return multiply_tile<true>(way, query, rows, dim, key, stride, keys, scores, width);
+    }
   }
-  if (way != Products::kFew)
-    return multiply_many<false>(query, rows, dim, key, stride, keys, scores, width);
-  if (rows == 1) return multiply_few<1>(query, rows, dim, padded, key, stride, keys, scores, width);
-  if (rows == 2) return multiply_few<2>(query, rows, dim, padded, key, stride, keys, scores, width);
-  return multiply_few<4>(query, rows, dim, padded, key, stride, keys, scores, width);
+  multiply_tile<false>(way, query, rows, dim, key, stride, keys, scores, width);
 }
 
 // One row of queries as multiply_tile wants it: row r of `rows`.
 template <class T>
-void pack_query(Products way, const T* from, int r, int rows, int64_t dim, float* to) {
+void pack_query(Way way, const T* from, int r, int rows, int64_t dim, float* to) {
   const int first = r / kRowBlock * kRowBlock, block = smaller(kRowBlock, rows - first);
-  if (way == Products::kPairs) {
-    to += first * dim / 2 + r - first;
-    for (int64_t d = 0; d < dim; d += 2, to += block) std::memcpy(to, from + d, sizeof(float));
-    return;
-  }
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    const int count = static_cast<int>(smaller<int64_t>(kLanes, dim - d));
-    const Floats value = load(from + d, count);
-    if (way == Products::kFew) {
-      store(to + r * ceil_div(dim, kLanes) * kLanes + d, value);
+  const int64_t words = way.pairs ? dim / 2 : dim;
+  for (int64_t w = 0; w < words; w += kLanes) {
+    const int count = static_cast<int>(smaller<int64_t>(kLanes, words - w));
+    float lanes[kLanes] = {};
+    if (way.pairs) {
+      std::memcpy(lanes, from + 2 * w, sizeof(float) * static_cast<size_t>(count));
     } else {
-      float lanes[kLanes];
-      store(lanes, value);
-      for (int i = 0; i < count; ++i) to[first * dim + (d + i) * block + r - first] = lanes[i];
+      store(lanes, load(from + w, count));
+    }
+    if (way.few) {
+      std::memcpy(to + r * ceil_div(words, kLanes) * kLanes + w, lanes, sizeof lanes);
+    } else {
+      float* column = to + first * words + w * block + r - first;
+      for (int i = 0; i < count; ++i) std::memcpy(column + i * block, lanes + i, sizeof(float));
     }
   }
 }

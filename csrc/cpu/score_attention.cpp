@@ -264,39 +264,55 @@ void reduce_columns(const ScoreAttention& p, const Plan& plan, const Wave& wave,
   }
 }
 
-void run_wave(const ScoreAttention& p, const Plan& plan, const Wave& wave, const Pool& pool) {
+void pack_queries(const ScoreAttention& p, const Plan& plan, const Unit& unit) {
+  dispatch(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for (int r = 0; r < unit.folded; ++r) {
+      const T* from = static_cast<const T*>(p.query) + unit.image * p.query_strides[0] +
+                      (unit.first_head + r / unit.rows) * p.query_strides[1] +
+                      (unit.first_row + r % unit.rows) * p.query_strides[2];
+      pack_query(plan.way, from, r, unit.folded, p.dim, unit.queries);
+    }
+  });
+}
+
+// Many units: each is one piece of work. Few: their tiles are.
+void score_units(const ScoreAttention& p, const Plan& plan, const Wave& wave, const Pool& pool) {
   const int64_t slots = wave.images * wave.units;
-  for (int64_t slot = 0; slot < slots; ++slot) {
-    const Unit unit = unit_at(p, plan, wave, slot);
-    if (plan.way == Products::kFew)
-      std::memset(unit.queries, 0,
-                  sizeof(float) * static_cast<size_t>(kFewRows * round_up(p.dim, kLanes)));
-    dispatch(p.dtype, [&](auto zero) {
-      using T = decltype(zero);
-      for (int r = 0; r < unit.folded; ++r) {
-        const T* from = static_cast<const T*>(p.query) + unit.image * p.query_strides[0] +
-                        (unit.first_head + r / unit.rows) * p.query_strides[1] +
-                        (unit.first_row + r % unit.rows) * p.query_strides[2];
-        pack_query(plan.way, from, r, unit.folded, p.dim, unit.queries);
+  const int64_t work = plan.folded * kTile * (p.dim / kLanes + 1);  // of a tile, in vectors
+  const auto pack = [&](int64_t slot) { pack_queries(p, plan, unit_at(p, plan, wave, slot)); };
+  const auto score = [&](int64_t slot, int64_t tile) {
+    score_tile(p, plan, unit_at(p, plan, wave, slot), tile);
+  };
+  const auto finish = [&](int64_t slot) { find_factors(p, plan, unit_at(p, plan, wave, slot)); };
+  if (slots >= 8 * pool.threads) {
+    const int64_t grain = 1 + 60'000 / (work * plan.tiles);
+    return parallel_for(pool, slots, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t slot = begin; slot < end; ++slot) {
+        pack(slot);
+        for (int64_t tile = 0; tile < plan.tiles; ++tile) score(slot, tile);
+        finish(slot);
       }
     });
   }
-  const int64_t tile_work =
-      plan.folded * kTile * (p.dim / kLanes + 1);  // vector operations, nearly
-  parallel_for(pool, slots * plan.tiles, 1 + 60'000 / tile_work, [&](int64_t begin, int64_t end) {
+  for (int64_t slot = 0; slot < slots; ++slot) pack(slot);
+  const int64_t grain = 1 + 60'000 / work;
+  parallel_for(pool, slots * plan.tiles, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) score(i / plan.tiles, i % plan.tiles);
+  });
+  for (int64_t slot = 0; slot < slots; ++slot) finish(slot);
+}
+
+void run_wave(const ScoreAttention& p, const Plan& plan, const Wave& wave, const Pool& pool) {
+  score_units(p, plan, wave, pool);
+  const int64_t first = p.first_column / kColumns;
+  const int64_t blocks = ceil_div(p.end_column, kColumns) - first;
+  const int64_t grain = 1 + 4'000 / (wave.units * plan.folded * kColumnVectors * 3);
+  parallel_for(pool, wave.images * blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      score_tile(p, plan, unit_at(p, plan, wave, i / plan.tiles), i % plan.tiles);
+      reduce_columns(p, plan, wave, i / blocks, (first + i % blocks) * kColumns);
     }
   });
-  for (int64_t slot = 0; slot < slots; ++slot) find_factors(p, plan, unit_at(p, plan, wave, slot));
-  const int64_t first = p.first_column / kColumns,
-                blocks = ceil_div(p.end_column, kColumns) - first;
-  const int64_t column_work = wave.units * plan.folded * kColumnVectors * 3;
-  parallel_for(pool, wave.images * blocks, 1 + 4'000 / column_work,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t i = begin; i < end; ++i)
-                   reduce_columns(p, plan, wave, i / blocks, (first + i % blocks) * kColumns);
-               });
 }
 
 // One row of the output becomes the average over `pool` columns, zeros beyond both ends counted: in
