@@ -17,6 +17,8 @@ constexpr int kPanelVectors = 2;
 #endif
 constexpr int kPanel = kPanelVectors * kLanes;  // keys of one packed panel
 constexpr int kDepth = 128;                     // dimensions of one packed panel
+template <bool Pairs>
+constexpr int kWords = Pairs ? kDepth / 2 : kDepth;  // the same in words: pairs or single ones
 constexpr int kFewRows = 4;
 
 // Lane 2i from a, 2i+1 from b: the lower or the upper halves of both.
@@ -156,7 +158,7 @@ struct Scores {
   bool first;
 };
 
-// Rows × Vectors products in registers. query[word][row], panel[word][key].
+// Rows × Vectors products in registers. query[row][word], panel[word][key].
 template <bool Pairs, int Rows, int Vectors>
 void multiply(const float* query, const float* panel, int words, const Scores& scores,
               Ahead& next) {
@@ -172,8 +174,8 @@ void multiply(const float* query, const float* panel, int words, const Scores& s
     Floats keys[Vectors];
     for (int v = 0; v < Vectors; ++v) keys[v] = load(panel + w * kPanel + v * kLanes);
     for (int r = 0; r < Rows; ++r) {
-      const auto q =
-          reinterpret_cast<Floats>(splat_int(static_cast<int32_t>(bits_of(query[w * Rows + r]))));
+      const uint32_t word = bits_of(query[r * kWords<Pairs> + w]);
+      const auto q = reinterpret_cast<Floats>(splat_int(static_cast<int32_t>(word)));
       for (int v = 0; v < Vectors; ++v) sums[r][v] = multiply_add<Pairs>(sums[r][v], q, keys[v]);
     }
   }
@@ -202,16 +204,16 @@ TK_INLINE void multiply_rows(int rows, const float* query, const float* panel, i
   }
 }
 
-// Rows in blocks of kRowBlock, each stored word by word: query[block][word][row of the block].
+// query[words in steps of kWords][row][word]
 template <bool Pairs, class T>
 void multiply_many(const float* query, int rows, int64_t dim, const T* key, int64_t stride,
                    int keys, float* scores, int64_t width) {
-  constexpr int kWord = Pairs ? 2 : 1;
   alignas(64) float panel[kPanel * kDepth];
   for (int j = 0; j < keys; j += kPanel) {
     const int count = smaller(kPanel, keys - j);
     for (int64_t d = 0; d < dim; d += kDepth) {
-      const auto depth = static_cast<int>(smaller<int64_t>(kDepth, dim - d)), words = depth / kWord;
+      const auto depth = static_cast<int>(smaller<int64_t>(kDepth, dim - d));
+      const int words = Pairs ? depth / 2 : depth;
       const T* from = key + j * stride + d;
       pack_panel<Pairs>(from, stride, count, words, panel);
       const int64_t row_bytes = depth * static_cast<int64_t>(sizeof(T)),
@@ -220,7 +222,7 @@ void multiply_many(const float* query, int rows, int64_t dim, const T* key, int6
       Ahead next{line, line + row_bytes, row_bytes, stride_bytes};
       for (int r = 0; r < rows; r += kRowBlock) {
         const int block = smaller(kRowBlock, rows - r);
-        const float* q = query + (r * dim + d * block) / kWord;
+        const float* q = query + (d / kDepth * rows + r) * kWords<Pairs>;
         const Scores to{scores + r * width + j, width, d == 0};
         if (count > kPanel - kLanes) {
           multiply_rows<Pairs, kPanelVectors>(block, q, panel, words, to, next);
@@ -281,8 +283,8 @@ Way way_of(DType dtype, int64_t rows, int64_t dim) {
   return {rows <= kFewRows, dtype == DType::kBFloat16 && dim % 2 == 0 && multiplies_pairs()};
 }
 
-// Floats that the packed queries take.
-int64_t packed_floats(int64_t rows, int64_t dim) { return rows * ceil_div(dim, kLanes) * kLanes; }
+// Floats that the packed queries take, at most.
+int64_t packed_floats(int64_t rows, int64_t dim) { return rows * ceil_div(dim, kDepth) * kDepth; }
 
 // scores[r][j] for `keys` ≤ kTile keys, the scores of one row `width` apart (`width` ≥ keys rounded
 // up to kLanes).
@@ -310,22 +312,19 @@ void multiply_tile(Way way, const float* query, int rows, int64_t dim, const T* 
 // One row of queries as multiply_tile wants it: row r of `rows`.
 template <class T>
 void pack_query(Way way, const T* from, int r, int rows, int64_t dim, float* to) {
-  const int first = r / kRowBlock * kRowBlock, block = smaller(kRowBlock, rows - first);
   const int64_t words = way.pairs ? dim / 2 : dim;
+  int64_t step = way.pairs ? kWords<true> : kWords<false>;
+  if (way.few) step = ceil_div(words, kLanes) * kLanes;
   for (int64_t w = 0; w < words; w += kLanes) {
     const int count = static_cast<int>(smaller<int64_t>(kLanes, words - w));
-    float lanes[kLanes] = {};
-    if (way.pairs) {
-      std::memcpy(lanes, from + 2 * w, sizeof(float) * static_cast<size_t>(count));
-    } else {
-      store(lanes, load(from + w, count));
+    float* at = to + (w / step * rows + r) * step + w % step;
+    if constexpr (sizeof(T) == 2) {
+      if (way.pairs) {
+        store(at, load(words_of<true>(from) + w, count));
+        continue;
+      }
     }
-    if (way.few) {
-      std::memcpy(to + r * ceil_div(words, kLanes) * kLanes + w, lanes, sizeof lanes);
-    } else {
-      float* column = to + first * words + w * block + r - first;
-      for (int i = 0; i < count; ++i) std::memcpy(column + i * block, lanes + i, sizeof(float));
-    }
+    store(at, load(from + w, count));
   }
 }
 

@@ -74,15 +74,18 @@ TK_INLINE float peak_of(const float* scores, int count, float scale) {
   return max(peak);
 }
 
-// The exponentials of one unit and tile, each row relative to the logarithm of its sum, where that
-// is given, or to its peak here.
+// The exponentials of one unit and tile: of each row relative to the logarithm of its sum, where
+// that is given, or to its peak here. All peaks come before the exponentials, so that rows overlap.
 void score_tile(const ScoreAttention& p, const Plan& plan, const Unit& unit, int64_t tile) {
   const int64_t begin = tile * kTile;
   if (p.lse && (begin >= p.end_column || begin + kTile <= p.first_column)) return;
-  int64_t end = 0;
-  for (int t = 0; t < unit.rows; ++t) end = larger(end, visible(p, unit.image, unit.first_row + t));
-  const int keys = static_cast<int>(larger<int64_t>(0, smaller<int64_t>(kTile, end - begin))),
-            width = tile_width(plan, tile);
+  int counts[kUnitRows], keys = 0;  // that a row sees here
+  for (int t = 0; t < unit.rows; ++t) {
+    const int64_t seen = visible(p, unit.image, unit.first_row + t) - begin;
+    counts[t] = static_cast<int>(larger<int64_t>(0, smaller<int64_t>(kTile, seen)));
+    keys = larger(keys, counts[t]);
+  }
+  const int width = tile_width(plan, tile);
   float* scores = unit.scores + begin * plan.folded;
   if (keys > 0) {
     dispatch(p.dtype, [&](auto zero) {
@@ -94,22 +97,20 @@ void score_tile(const ScoreAttention& p, const Plan& plan, const Unit& unit, int
     });
   }
   const float scale = p.scale * kLog2E;
-  for (int t = 0; t < unit.rows; ++t) {
-    const int64_t seen = visible(p, unit.image, unit.first_row + t) - begin;
-    const int count = static_cast<int>(larger<int64_t>(0, smaller<int64_t>(keys, seen)));
-    for (int h = 0; h < unit.heads; ++h) {
-      const int r = h * unit.rows + t;
-      float* row = scores + r * width;
-      if (p.lse) {
-        const float* lse = p.lse + unit.image * p.lse_strides[0] +
-                           (unit.first_head + h) * p.lse_strides[1] +
-                           (unit.first_row + t) * p.lse_strides[2];
-        exponentials(row, count, scale, *lse * kLog2E);
-        continue;
-      }
-      const float peak = peak_of(row, count, scale);
-      unit.factors[tile * plan.lanes + r] = peak;
-      unit.totals[tile * plan.lanes + r] = sum(exponentials(row, count, scale, peak));
+  float* peaks = unit.factors + tile * plan.lanes;
+  for (int h = 0, r = 0; h < unit.heads; ++h) {
+    const float* lse = p.lse + unit.image * p.lse_strides[0] +
+                       (unit.first_head + h) * p.lse_strides[1] + unit.first_row * p.lse_strides[2];
+    for (int t = 0; t < unit.rows; ++t, ++r) {
+      peaks[r] = p.lse ? lse[t * p.lse_strides[2]] * kLog2E
+                       : peak_of(scores + r * width, counts[t], scale);
+    }
+  }
+  float* totals = unit.totals + tile * plan.lanes;
+  for (int h = 0, r = 0; h < unit.heads; ++h) {
+    for (int t = 0; t < unit.rows; ++t, ++r) {
+      const float total = sum(exponentials(scores + r * width, counts[t], scale, peaks[r]));
+      if (!p.lse) totals[r] = total;
     }
   }
 }
