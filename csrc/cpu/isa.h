@@ -6,9 +6,13 @@
 
 // X(op, Params): defines Status op(const Params&, const Pool&) and int64_t op_scratch(const Params&, int threads) per namespace.
 #define TK_CPU_KERNELS(X) \
-  X(gather_topk_select, GatherTopk) \
+  X(compact_kv, CompactKv) \
   X(gather_topk, GatherTopk) \
   X(gather_topk_backward, GatherTopkBackward) \
+  X(gather_topk_select, GatherTopk) \
+  X(merge_adjacent, MergeAdjacent) \
+  X(merge_backward, MergeBackward) \
+  X(merge_runs, MergeRuns) \
   X(score_attention, ScoreAttention)
 
 namespace tk {

@@ -2,13 +2,19 @@
 #include "numpy/bind.h"
 
 namespace tk::bind {
+void bind_compact_kv(py::module_& m);
 void bind_gather_topk(py::module_& m);
+void bind_merge_adjacent(py::module_& m);
+void bind_merge_runs(py::module_& m);
 void bind_score_attention(py::module_& m);
 }  // namespace tk::bind
 
 PYBIND11_MODULE(_numpy, m) {
   m.def("instruction_set", &tk::instruction_set);
   m.def("set_instruction_set", &tk::set_instruction_set);
+  tk::bind::bind_compact_kv(m);
   tk::bind::bind_gather_topk(m);
+  tk::bind::bind_merge_adjacent(m);
+  tk::bind::bind_merge_runs(m);
   tk::bind::bind_score_attention(m);
 }
