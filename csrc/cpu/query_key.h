@@ -163,12 +163,7 @@ template <bool Pairs, int Rows, int Vectors>
 void multiply(const float* query, const float* panel, int words, const Scores& scores,
               Ahead& next) {
   Ahead ahead = next;
-  Floats sums[Rows][Vectors];
-  for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Vectors; ++v) {
-      sums[r][v] = scores.first ? Floats{} : load(scores.at + r * scores.width + v * kLanes);
-    }
-  }
+  Floats sums[Rows][Vectors] = {};
   for (int w = 0; w < words; ++w) {
     ahead.step();
     Floats keys[Vectors];
@@ -181,7 +176,11 @@ void multiply(const float* query, const float* panel, int words, const Scores& s
   }
   next = ahead;
   for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Vectors; ++v) store(scores.at + r * scores.width + v * kLanes, sums[r][v]);
+    for (int v = 0; v < Vectors; ++v) {
+      float* to = scores.at + r * scores.width + v * kLanes;
+      if (!scores.first) sums[r][v] += load(to);
+      store(to, sums[r][v]);
+    }
   }
 }
 
