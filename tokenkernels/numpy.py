@@ -93,20 +93,44 @@ def score_attention(
     reduce: str | Sequence[str] = ("sum",),
     pool: int = 1,
 ) -> Array | tuple[Array, Array]:
-    """Scores every key by the attention that it receives from the rows of `query`; see `tokenkernels.score_attention`."""
+    """Scores every key by the attention it receives; see `tokenkernels.score_attention`."""
     first, end, total, top = _check_score_attention(
-        query, key, scale, query_positions, causal, key_lengths, lse, columns, row_weights, heads, reduce, pool
+        query,
+        key,
+        scale,
+        query_positions,
+        causal,
+        key_lengths,
+        lse,
+        columns,
+        row_weights,
+        heads,
+        reduce,
+        pool,
     )
     outputs = _core.score_attention(
-        query, key, query.shape[3] ** -0.5 if scale is None else scale, causal, _plain(query_positions, np.int64),
-        _plain(key_lengths, np.int64), _plain(lse, np.float32), _plain(row_weights, np.float32), first, end, _HEADS[heads],
-        total, top, pool,
-    )  # fmt: skip
+        query,
+        key,
+        query.shape[3] ** -0.5 if scale is None else scale,
+        causal,
+        _plain(query_positions, np.int64),
+        _plain(key_lengths, np.int64),
+        _plain(lse, np.float32),
+        _plain(row_weights, np.float32),
+        first,
+        end,
+        _HEADS[heads],
+        total,
+        top,
+        pool,
+    )
     return (outputs[0], outputs[1]) if total and top else outputs
 
 
 def _plain(x: Array | None, dtype: Any) -> Array | None:
     return None if x is None else np.ascontiguousarray(x, dtype)
+
+
 class Merged(NamedTuple):
     """What merge_adjacent and merge_runs return."""
 
@@ -172,6 +196,8 @@ def merge_runs(
     """Merges every run of alike neighbours; see `tokenkernels.merge_runs`."""
     _check_merge_runs(x, threshold, max_run, size, prefix, padded)
     return Merged(*_core.merge_runs(x, threshold, max_run, size, prefix, padded))
+
+
 class Compacted(NamedTuple):
     """What compact_kv returns."""
 
