@@ -21,7 +21,7 @@ struct Pool {
 // A kernel that finds a bad value in an index or length tensor says so here; the binding turns it into an error.
 enum class Status : int32_t { kOk, kBadValue };
 
-// The instruction set in use ("avx512", "avx2", "baseline"); tests choose another one, which must be supported.
+// The instruction set in use ("avx512bf16", "avx512", "avx2", "baseline"); tests choose another one, which must be supported.
 const char* instruction_set();
 bool set_instruction_set(const char* name);
 
@@ -83,6 +83,144 @@ struct GatherTopkBackward {
 Status gather_topk_backward(const GatherTopkBackward& params, const Pool& pool);
 int64_t gather_topk_backward_scratch(const GatherTopkBackward& params, int threads);
 
+// Vectors of D elements under any number of leading dimensions: row r is the r-th of them in C order. With groups, the last
+// leading dimension is set apart: element (r, g, d) lies at offset(r) + g·group_stride + d·stride.
+struct TokenRows {
+  static constexpr int kMaxDims = 8;
+  const void* data;
+  DType dtype;
+  int64_t rows;  // ∏ sizes
+  int dims;
+  int64_t sizes[kMaxDims], strides[kMaxDims];
+  int64_t group_stride, stride;
+};
+
+// G codebooks of K codes; element (g, k, d) lies at g·group_stride + k·code_stride + d·stride.
+struct Codebooks {
+  const void* data;
+  DType dtype;
+  int64_t groups, codes, dim;
+  int64_t group_stride, code_stride, stride;
+};
+
+// assign_nearest: the nearest of K codes for every row of every group, never an N×K matrix. Outputs are contiguous.
+struct AssignNearest {
+  TokenRows x;          // (rows, G, D)
+  Codebooks codebook;   // (G, K, D)
+  enum class Metric : int32_t { kL2, kCosine, kDot } metric;
+  int64_t* index;   // (rows, G)
+  float* distance;  // (rows, G) or null: ‖x−e‖², 1 − cos, −⟨x,e⟩
+  void* codes;      // (rows, G, D) of the codebook's dtype, or null: the rows of the codebook, as they are
+  void* scratch;
+};
+Status assign_nearest(const AssignNearest& params, const Pool& pool);
+int64_t assign_nearest_scratch(const AssignNearest& params, int threads);
+
+// assign_residual: Q rounds of the l2 search, each on what the rounds before left over. Outputs are contiguous.
+struct AssignResidual {
+  TokenRows x;          // (rows, 1, D)
+  Codebooks codebooks;  // (Q, K, D)
+  int64_t* index;       // (rows, Q)
+  void* residual;       // (rows, D) of x's dtype: x minus its Q codes, rounded once
+  void* scratch;
+};
+Status assign_residual(const AssignResidual& params, const Pool& pool);
+int64_t assign_residual_scratch(const AssignResidual& params, int threads);
+
+// accumulate_codes: how many rows chose each code, and their sum, in ascending order of rows whatever the number of threads.
+struct AccumulateCodes {
+  TokenRows x;           // (rows, G, D)
+  const int64_t* index;  // (rows, G) contiguous; −1: this row counts nowhere; anything else outside 0…K−1 is a bad value
+  int64_t groups, codes, dim;
+  int64_t* counts;  // (G, K)
+  float* sums;      // (G, K, D)
+  void* scratch;
+};
+Status accumulate_codes(const AccumulateCodes& params, const Pool& pool);
+int64_t accumulate_codes_scratch(const AccumulateCodes& params, int threads);
+// One value per token of every image: element (b, n) at data[b * batch_stride + n * token_stride]; null: absent.
+template <class T>
+struct PerToken {
+  const T* data;
+  int64_t batch_stride, token_stride;
+};
+
+// One matrix per image, its rows contiguous: element (b, i, j) at data[b * batch_stride + i * row_stride + j].
+struct Matrices {
+  const void* data;
+  int64_t batch_stride, row_stride;
+};
+
+// aggregate_soft: out[b, m] = sum over n of softmax_n(scale · <query[b, m], key[b, n]> + bias[b, n]) · value[b, n].
+struct AggregateSoft {
+  DType dtype;  // of query, key, value, out
+  int64_t B, M, N, E, C;
+  Matrices query;             // (B, M, E); batch stride 0: shared by all images
+  Matrices key;               // (B, N, E)
+  Matrices value;             // (B, N, C)
+  PerToken<float> bias;       // (B, N)
+  PerToken<bool> mask;        // (B, N), true where a token takes part
+  float scale;
+  const float* scale_tensor;  // one number in place of `scale`, or null
+  void* scratch;
+  void* out;                  // (B, M, C)
+  float* lse;                 // (B, M): logarithm of the sum of exponentials of a slot, −inf where no token takes part
+  float* weights;             // (B, N, M), the softmax itself, or null
+};
+Status aggregate_soft(const AggregateSoft& params, const Pool& pool);
+int64_t aggregate_soft_scratch(const AggregateSoft& params, int threads);
+
+// The gradients. A null output is not wanted.
+struct AggregateSoftBackward {
+  DType dtype;  // of gradient, query, key, value, tokens and their gradients
+  int64_t B, M, N, E, C;
+  Matrices query, key, value;
+  PerToken<float> bias;
+  PerToken<bool> mask;
+  float scale;
+  const float* scale_tensor;
+  Matrices gradient;     // (B, M, C)
+  Matrices tokens;       // (B, M, C), what the forward call gave
+  const float* lse;      // (B, M), contiguous
+  const float* weights;  // (B, N, M), contiguous, or null: made again from lse
+  void* scratch;
+  void* query_grad;      // (M, E) where the query is shared, else (B, M, E)
+  void* key_grad;        // (B, N, E)
+  void* value_grad;      // (B, N, C)
+  float* bias_grad;      // (B, N)
+  float* scale_grad;     // one number; its weights are always made again
+};
+Status aggregate_soft_backward(const AggregateSoftBackward& params, const Pool& pool);
+int64_t aggregate_soft_backward_scratch(const AggregateSoftBackward& params, int threads);
+
+// aggregate_logits: the same with given logits.
+struct AggregateLogits {
+  DType dtype;  // of logits, value, out
+  int64_t B, M, N, C;
+  Matrices logits;      // (B, N, M)
+  Matrices value;       // (B, N, C)
+  PerToken<bool> mask;  // (B, N)
+  void* scratch;
+  void* out;            // (B, M, C)
+  float* lse;           // (B, M)
+};
+Status aggregate_logits(const AggregateLogits& params, const Pool& pool);
+int64_t aggregate_logits_scratch(const AggregateLogits& params, int threads);
+
+struct AggregateLogitsBackward {
+  DType dtype;  // of gradient, logits, value, tokens and the gradients
+  int64_t B, M, N, C;
+  Matrices logits, value;
+  PerToken<bool> mask;
+  Matrices gradient;  // (B, M, C)
+  Matrices tokens;    // (B, M, C), what the forward call gave
+  const float* lse;   // (B, M), contiguous
+  void* scratch;
+  void* logits_grad;  // (B, N, M), or null
+  void* value_grad;   // (B, N, C), or null
+};
+Status aggregate_logits_backward(const AggregateLogitsBackward& params, const Pool& pool);
+int64_t aggregate_logits_backward_scratch(const AggregateLogitsBackward& params, int threads);
 // score_attention: the share of attention that each key receives from the rows of `query`. softmax over the visible keys of
 // scale·⟨q, k⟩, then the mean over heads, then the sum and the maximum over rows.
 struct ScoreAttention {
@@ -177,45 +315,49 @@ struct MergeBackward {
 // kBadValue: an index outside [0, rows).
 Status merge_backward(const MergeBackward& params, const Pool& pool);
 int64_t merge_backward_scratch(const MergeBackward& params, int threads);
-// compact_kv: the kept positions of a key/value cache move together, all layers in one call. Rows are bytes, whatever the dtype; with
-// `inv_freq` the first tensor of every layer (the keys) is rotated by the difference of two positions on the way. Out of place the rows
-// behind the kept ones become zero; in place they keep their bytes. Nothing moves before every value has been found good.
+// compact_kv: the kept positions of a key/value cache move together, all layers in one call. Rows
+// are bytes, whatever the dtype; with `inv_freq` the first tensor of every layer (the keys) is
+// rotated by the difference of two positions on the way. Out of place the rows behind the kept ones
+// become zero; in place they keep their bytes. Nothing moves before every value is found good.
 struct CompactKv {
-  struct Rows {                // integers (batch, heads, count), int64 or int32; strides in elements, 0 where a dimension is shared
+  // Integers (batch, heads, count), int64 (`wide`) or int32; strides in elements.
+  struct Rows {
     const void* values;
-    int64_t batch, heads, count;  // batch and heads are 1 where shared
-    int64_t batch_stride, head_stride, stride;
-    bool wide;                 // int64
+    int64_t batch, heads, count;                  // batch and heads are 1 where shared
+    int64_t batch_stride, head_stride, stride;    // 0 where shared
+    bool wide;
   };
   struct Index {
-    Rows kept;                 // ascending, -1 behind the last
-    int64_t* lengths;          // out: (batch, heads)
-    int64_t* positions;        // out: (batch, heads, count): the position each slot was filled from, -1 behind the last
+    Rows kept;           // ascending, -1 behind the last
+    int64_t* lengths;    // out: (batch, heads)
+    int64_t* positions;  // out: (batch, heads, count), where each slot comes from, -1 behind
   };
   struct Layer {
-    int64_t heads, tokens;     // G, T
+    int64_t heads, tokens;  // G, T
   };
-  struct Tensor {              // strides in bytes
-    const void* from;          // (B, G, T, row_bytes)
-    void* to;                  // (B, G, count, row_bytes); in place: `from` with its strides
+  // Strides in bytes.
+  struct Tensor {
+    const void* from;  // (B, G, T, row_bytes)
+    void* to;          // (B, G, count, row_bytes); in place: `from` with its strides
     int64_t from_batch, from_head, from_row;
     int64_t to_batch, to_head, to_row;
     int64_t row_bytes;
   };
+
   const Layer* layers;
-  const Tensor* tensors;       // layer_count × per_layer
-  const Index* indices;        // one for all layers, or one per layer; so are the next three
-  const Rows* lengths;         // current lengths, count 1; null: every row is T long
-  const Rows* old_positions;   // of each kept entry, null without rotation
+  const Tensor* tensors;      // layer_count × per_layer
+  const Index* indices;       // one for all layers, or one per layer; so are the next three
+  const Rows* lengths;        // current lengths, count 1; null: every row is T long
+  const Rows* old_positions;  // of each kept entry; read only with inv_freq
   const Rows* new_positions;
   int64_t layer_count, per_layer, index_count, length_count, old_count, new_count;
   int64_t batch;
-  const float* inv_freq;       // (half), null: keys are not rotated
-  int64_t half;                // D / 2
-  DType key_dtype;             // read only with inv_freq
-  bool fill;                   // kept rows beyond the new length move into the holes below it; else ascending order is kept
+  const float* inv_freq;  // (half), null: keys are not rotated
+  int64_t half;           // D / 2
+  DType key_dtype;        // read only with inv_freq
+  bool fill;      // kept rows beyond the new length move into the holes below it; else ascending
   bool in_place;
-  const char** complaint;      // out: with Status::kBadValue, which values were bad, in words
+  const char** complaint;  // out: with Status::kBadValue, which values were bad, in words
 };
 
 Status compact_kv(const CompactKv& params, const Pool& pool);

@@ -13,6 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import checks
+from .checks.accumulate_codes import accumulate_codes as _check_accumulate_codes
+from .checks.assign_nearest import assign_nearest as _check_assign_nearest
+from .checks.assign_residual import assign_residual as _check_assign_residual
+from .checks.aggregate_logits import aggregate_logits as _check_aggregate_logits
+from .checks.aggregate_soft import aggregate_soft as _check_aggregate_soft
 from .checks import compact_kv as _check_compact_kv
 from .checks.gather_topk import gather_topk as _check_gather_topk
 from .checks.score_attention import score_attention as _check_score_attention
@@ -40,8 +45,39 @@ for _name in checks.NAMES:
 checks.DTYPES[np.dtype(bool)] = "bool"
 
 Array = np.ndarray
+_METRIC = {"l2": 0, "cosine": 1, "dot": 2}
 _FUSE = {None: 0, "sum": 1, "mean": 2}
 _HEADS = {"mean": 0, "group": 1, "none": 2}
+
+
+def aggregate_soft(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    scale: float = 1.0,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    return_weights: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Gathers N tokens into M slots by a softmax over the tokens; see
+    `tokenkernels.aggregate_soft`.
+    """
+    _check_aggregate_soft(query, key, value, scale, bias, mask, return_weights)
+    if bias is not None:
+        bias = bias.astype(np.float32, copy=False)
+    tokens, weights = _core.aggregate_soft(
+        query, key, value, bias, mask, float(scale), return_weights
+    )
+    if not return_weights:
+        return tokens
+    return tokens, weights.swapaxes(1, 2).astype(tokens.dtype, copy=False)
+
+
+def aggregate_logits(logits: Array, value: Array, *, mask: Array | None = None) -> Array:
+    """Gathers N tokens into M slots by given logits; see `tokenkernels.aggregate_logits`."""
+    _check_aggregate_logits(logits, value, mask)
+    return _core.aggregate_logits(logits, value, mask)
 
 
 class Selected(NamedTuple):
@@ -78,6 +114,52 @@ def gather_topk(
     return Selected(tokens[0] if one else tuple(tokens), index, offsets)
 
 
+class Assigned(NamedTuple):
+    """What assign_nearest returns; None for what was not asked for."""
+
+    index: Array
+    distance: Array | None
+    codes: Array | None
+
+
+def assign_nearest(
+    x: Array,
+    codebook: Array,
+    *,
+    metric: str = "l2",
+    return_distance: bool = False,
+    return_codes: bool = False,
+) -> Assigned:
+    """Finds the nearest of K codes for every token; see `tokenkernels.assign_nearest`."""
+    _check_assign_nearest(x, codebook, metric, return_distance, return_codes)
+    number = _METRIC[metric]
+    return Assigned(*_core.assign_nearest(x, codebook, number, return_distance, return_codes))
+
+
+class Residual(NamedTuple):
+    """What assign_residual returns."""
+
+    index: Array
+    residual: Array
+
+
+def assign_residual(x: Array, codebooks: Array) -> Residual:
+    """Quantises tokens in Q rounds; see `tokenkernels.assign_residual`."""
+    _check_assign_residual(x, codebooks)
+    return Residual(*_core.assign_residual(x, codebooks))
+
+
+class Accumulated(NamedTuple):
+    """What accumulate_codes returns."""
+
+    counts: Array
+    sums: Array
+
+
+def accumulate_codes(x: Array, index: Array, K: int, *, grouped: bool = False) -> Accumulated:
+    """Counts and adds up the tokens of every code; see `tokenkernels.accumulate_codes`."""
+    _check_accumulate_codes(x, index, K, grouped)
+    return Accumulated(*_core.accumulate_codes(x, index, K, grouped))
 def score_attention(
     query: Array,
     key: Array,
@@ -153,7 +235,7 @@ def merge_adjacent(
     batch: str = "ragged",
 ) -> Merged:
     """Merges the windows of a grid whose tokens are alike; see `tokenkernels.merge_adjacent`."""
-    grid, window, counts = _check_merge_adjacent(
+    counts = _check_merge_adjacent(
         x, grid, window, threshold, num_windows, size, prefix, order, batch
     )
     dense = batch == "uniform" or (num_windows is not None and not hasattr(num_windows, "__len__"))
@@ -164,9 +246,9 @@ def merge_adjacent(
             x,
             _three(grid),
             _three(window),
-            threshold is not None,
+            counts is None,
             bar,
-            counts,
+            counts or [0],
             dense,
             size,
             prefix,
@@ -175,7 +257,7 @@ def merge_adjacent(
     )
 
 
-def _three(extents: list[int]) -> list[int]:
+def _three(extents: Sequence[int]) -> list[int]:
     """Any grid as that of a video: an image (H, W) is (H, 1, W), a sequence (N) is (N, 1, 1)."""
     return [
         extents[0],
@@ -224,7 +306,8 @@ def compact_kv(
     if inv_freq is not None:
         inv_freq = np.ascontiguousarray(inv_freq, np.float32)
     moved, counts, positions = _core.compact_kv(
-        arrays, rows, _listed(lengths), per_layer, order == "fill", inplace, inv_freq, _listed(old), _listed(new)
+        arrays, rows, _listed(lengths), per_layer, order == "fill", inplace,
+        inv_freq, _listed(old), _listed(new),
     )  # fmt: skip
     if inplace:
         of_layer = [rows[0 if len(rows) == 1 else i // per_layer] for i in range(len(arrays))]

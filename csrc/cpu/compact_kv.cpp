@@ -136,39 +136,41 @@ const char* check(const CompactKv& p, const Pool& pool) {
   return complaint;
 }
 
-// One tensor of one sample and head: slot j receives the row at positions[j].
+// One tensor of one sample and head: slot j of `length` receives the row at positions[j].
 struct Move {
   const char* from;
   char* to;
   int64_t from_row, to_row, bytes;
   const int64_t* positions;
+  int64_t length;
+  bool streaming;     // the result is larger than the cache
+  int64_t far, near;  // how many slots ahead of the move rows are asked for
 };
 
-// Asks for the row that a slot will need: into the second cache from far, into the first from near.
 template <int kLocality>
-TK_INLINE void ask_for(const Move& move, int64_t slot, int64_t length) {
-  if (slot >= length) return;
+TK_INLINE void ask_for(const Move& move, int64_t slot) {
+  if (slot >= move.length) return;
   const char* from = move.from + move.positions[slot] * move.from_row;
   if (from == move.to + slot * move.to_row) return;
   for (int64_t i = 0; i < move.bytes; i += 64) __builtin_prefetch(from + i, 0, kLocality);
 }
 
-// Where the result is larger than the cache, rows are asked for ahead of the copy: kept rows are
-// too irregular for the processor to foresee, and the second cache waits for more lines at once
-// than the first.
-void copy_rows(const Move& move, int64_t begin, int64_t end, int64_t length, bool streaming) {
-  const int64_t far = kFarBytes / move.bytes, near = kNearBytes / move.bytes;
-  if (streaming && begin == 0) {
-    for (int64_t slot = 0; slot < far; ++slot) ask_for<2>(move, slot, length);
-  }
+// Kept rows are too irregular for the processor to foresee, so they are asked for ahead of the
+// move: into the second cache from far, which waits for more lines at once than the first, and into
+// the first from near.
+TK_INLINE void ask_ahead(const Move& move, int64_t slot) {
+  if (!move.streaming) return;
+  for (int64_t i = 0; i < move.far && slot == 0; ++i) ask_for<2>(move, i);
+  ask_for<2>(move, slot + move.far);
+  ask_for<3>(move, slot + move.near);
+}
+
+void copy_rows(const Move& move, int64_t begin, int64_t end) {
   for (int64_t slot = begin; slot < end; ++slot) {
-    if (streaming) {
-      ask_for<2>(move, slot + far, length);
-      ask_for<3>(move, slot + near, length);
-    }
+    ask_ahead(move, slot);
     const char* from = move.from + move.positions[slot] * move.from_row;
     char* to = move.to + slot * move.to_row;
-    if (from != to) copy_row(to, from, move.bytes, streaming);
+    if (from != to) copy_row(to, from, move.bytes, move.streaming);
   }
 }
 
@@ -244,6 +246,7 @@ void rotate_rows(const CompactKv& p, const Move& move, int64_t layer, int64_t b,
     Entries entries(p, index, b, g, begin);
     int64_t turned = 0;
     for (int64_t slot = begin; slot < end; ++slot) {
+      if (first == 0) ask_ahead(move, slot);
       const int64_t position = move.positions[slot];
       const int64_t entry = entries.next(slot, position);
       const int64_t difference = at(new_positions, b, g, entry) - at(old_positions, b, g, entry);
@@ -299,22 +302,26 @@ void move_unit(const CompactKv& p, int64_t tensor, const Cut& cut, int64_t unit,
   const int64_t row = row_of(index.kept, b, g), length = index.lengths[row];
   const int64_t column = cut.columns ? part * cut.part : 0;
   const int64_t bytes = cut.columns ? smaller(cut.part, rows.row_bytes - column) : rows.row_bytes;
+  if (bytes == 0) return;
   const Move move{
       static_cast<const char*>(rows.from) + b * rows.from_batch + g * rows.from_head + column,
       static_cast<char*>(rows.to) + b * rows.to_batch + g * rows.to_head + column,
       rows.from_row,
       rows.to_row,
       bytes,
-      index.positions + row * cut.slots};
+      index.positions + row * cut.slots,
+      length,
+      streaming,
+      kFarBytes / bytes,
+      kNearBytes / bytes};
   const int64_t begin = cut.columns ? 0 : part * cut.part;
   const int64_t last = cut.columns ? cut.slots : smaller(begin + cut.part, cut.slots);
   const int64_t end = larger(begin, smaller(last, length));
-  if (bytes == 0) return;
   if (cut.rotate) {
     dispatch(p.key_dtype,
              [&](auto zero) { rotate_rows<decltype(zero)>(p, move, layer, b, g, begin, end); });
   } else {
-    copy_rows(move, begin, end, length, streaming);
+    copy_rows(move, begin, end);
   }
   if (p.in_place) return;
   for (int64_t slot = end; slot < last; ++slot) {

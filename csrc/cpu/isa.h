@@ -1,11 +1,27 @@
 // The one list of CPU kernels. Every csrc/cpu/<op>.cpp is compiled once per instruction set into a namespace of its own
-// (tk::baseline, tk::avx2, tk::avx512); the processor is asked once which of them runs.
+// (tk::baseline, tk::avx2, tk::avx512; some also in tk::avx512bf16); the processor is asked once which of them runs.
 #pragma once
 
 #include "tokenkernels.h"
 
 // X(op, Params): defines Status op(const Params&, const Pool&) and int64_t op_scratch(const Params&, int threads) per namespace.
+// Those that multiply pairs of bfloat16 where the processor can are compiled once more, for AVX512_BF16.
+#define TK_PAIR_KERNELS(X) \
+  X(aggregate_soft, AggregateSoft) \
+  X(aggregate_soft_backward, AggregateSoftBackward) \
+  X(aggregate_logits, AggregateLogits) \
+  X(aggregate_logits_backward, AggregateLogitsBackward)
+
+#define TK_PLAIN_KERNELS(X) \
+  X(gather_topk_select, GatherTopk) \
 #define TK_CPU_KERNELS(X) \
+  X(accumulate_codes, AccumulateCodes) \
+  X(aggregate_logits, AggregateLogits) \
+  X(aggregate_logits_backward, AggregateLogitsBackward) \
+  X(aggregate_soft, AggregateSoft) \
+  X(aggregate_soft_backward, AggregateSoftBackward) \
+  X(assign_nearest, AssignNearest) \
+  X(assign_residual, AssignResidual) \
   X(compact_kv, CompactKv) \
   X(gather_topk, GatherTopk) \
   X(gather_topk_backward, GatherTopkBackward) \
@@ -32,6 +48,9 @@ namespace avx2 {
 extern const Kernels kKernels;
 }
 namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx512bf16 {
 extern const Kernels kKernels;
 }
 

@@ -165,6 +165,26 @@ TK_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
 TK_INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
 
+// The upper half of `width` lanes in the place of the lower; what lies in the others does not matter.
+template <int kWidth, class T>
+TK_INLINE T upper_half(T value) {
+  Ints from = iota();
+  for (int i = 0; i < kLanes; ++i) from[i] = (i + kWidth / 2) % kLanes;
+  return __builtin_shuffle(value, from);
+}
+
+// combine(lane i, lane i + width/2) for halving widths, in registers. Always the same tree: the same bits every time.
+template <int kWidth = kLanes, class T, class Combine>
+TK_INLINE auto fold(T value, const Combine& combine) {
+  if constexpr (kWidth == 1) {
+    return value[0];
+  } else {
+    return fold<kWidth / 2>(combine(value, upper_half<kWidth>(value)), combine);
+  }
+}
+
+TK_INLINE float sum(Floats value) {
+  return fold(value, [](Floats a, Floats b) { return a + b; });
 #if defined(__AVX512F__)
 TK_INLINE __m256 fold(Floats value) {
   return _mm512_castps512_ps256(value) + _mm512_extractf32x8_ps(value, 1);
@@ -186,12 +206,11 @@ TK_INLINE float sum(Floats value) {
 }
 
 TK_INLINE float max(Floats value) {
-  float lanes[kLanes];
-  store(lanes, value);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] = larger(lanes[i], lanes[i + width]);
-  }
-  return lanes[0];
+  return fold(value, [](Floats a, Floats b) { return a < b ? b : a; });
+}
+
+TK_INLINE int32_t min(Ints value) {
+  return fold(value, [](Ints a, Ints b) { return b < a ? b : a; });
 }
 
 // e^x, relative error below 2 ulp; 0 below −87.34 (and for −inf), inf above 88.73, NaN for NaN.

@@ -45,19 +45,23 @@ inline DType dtype_of(const Tensor& tensor, const char* op) {
   return DType::kFloat32;
 }
 
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
-  int64_t strides[8];
+// At most 16 dimensions.
+inline Tensor empty(const int64_t* sizes, int64_t dims, ScalarType type) {
+  int64_t strides[16];
   int64_t stride = 1;
-  for (int i = static_cast<int>(sizes.size()) - 1; i >= 0; --i) {
+  for (int64_t i = dims - 1; i >= 0; --i) {
     strides[i] = stride;
-    const int64_t size = sizes.begin()[i];
-    stride *= size > 1 ? size : 1;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides,
                                                          torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
+  return empty(sizes.begin(), static_cast<int64_t>(sizes.size()), type);
 }
 
 // A copy whose last dimension is contiguous, where it was not.

@@ -11,8 +11,7 @@ void set_extents(const std::vector<int64_t>& from, int64_t (&to)[3]) {
   to[0] = from.front();
   to[1] = from.size() == 3 ? from[1] : 1;
   to[2] = from.size() == 1 ? 1 : from.back();
-  for (const int64_t extent : to)
-    check(extent >= 1, "merge_adjacent", "grid, window: allowed extents of at least 1");
+  check(to[0] >= 1 && to[1] >= 1 && to[2] >= 1, "merge_adjacent", "grid, window: allowed 1 …");
 }
 
 MergeAdjacent params_of(const Tensor& x, const std::vector<int64_t>& grid,
@@ -36,42 +35,46 @@ MergeAdjacent params_of(const Tensor& x, const std::vector<int64_t>& grid,
   return p;
 }
 
-// Rows that the output has, or at most has where a threshold decides.
-int64_t rows_at_most(const MergeAdjacent& p, int64_t length, int64_t members) {
-  int64_t saved = 0;
-  for (int64_t image = 0; p.counts != nullptr && image < p.batch; ++image)
-    saved += p.counts[image * p.counts_stride];
-  return p.batch * length - saved * (members - 1);
+void set_counts(const std::vector<int64_t>& counts, MergeAdjacent& p) {
+  const char* op = "merge_adjacent";
+  const auto size = static_cast<int64_t>(counts.size());
+  check(size == 1 || (size > 1 && size == p.batch), op,
+        "num_windows: allowed one int or one per image");
+  p.counts = counts.data();
+  p.counts_stride = size == 1 ? 0 : 1;
+  int64_t windows = 1;
+  for (int axis = 0; axis < 3; ++axis) windows *= p.grid[axis] / p.window[axis];
+  for (const int64_t count : counts) {
+    check(count >= 0 && count <= windows, op, "num_windows: allowed 0 … windows");
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> merge_adjacent_cpu(
     Tensor x, std::vector<int64_t> grid, std::vector<int64_t> window,
-    std::optional<double> threshold, std::vector<int64_t> counts, bool dense,
-    std::optional<Tensor> size, int64_t prefix, std::string order) {
+    std::optional<double> threshold, std::optional<std::vector<int64_t>> counts, bool dense,
+    std::optional<Tensor> size, int64_t prefix, bool by_similarity) {
   const char* op = "merge_adjacent";
   x = rows_contiguous(x);
   MergeAdjacent p = params_of(x, grid, window, prefix);
-  const int64_t length = x.size(1), members = p.window[0] * p.window[1] * p.window[2];
+  const int64_t length = x.size(1), saved = p.window[0] * p.window[1] * p.window[2] - 1;
   set_size(size, p.batch, length, op, p);
-  if (!threshold) {
-    check(counts.size() == 1 || static_cast<int64_t>(counts.size()) == p.batch, op,
-          "num_windows: allowed one int or one per image");
-    const int64_t windows =
-        (p.grid[0] / p.window[0]) * (p.grid[1] / p.window[1]) * (p.grid[2] / p.window[2]);
-    for (const int64_t count : counts)
-      check(count >= 0 && count <= windows, op, "num_windows: allowed 0 … windows");
-    p.counts = counts.data();
-    p.counts_stride = counts.size() == 1 ? 0 : 1;
-  }
   p.threshold = static_cast<float>(threshold.value_or(0));
-  p.uniform = dense && threshold;
-  p.by_similarity = order == "similarity";
+  p.uniform = dense && !counts;
+  p.by_similarity = by_similarity;
   p.packed = !dense;
-  const int64_t at_most = rows_at_most(p, length, members);
-  Tensor tokens = empty({at_most, p.channels}, x.scalar_type()),
-         sizes = empty({at_most}, ScalarType::Float);
-  Tensor index = empty({p.batch, length}, ScalarType::Long),
-         offsets = empty({p.batch + 1}, ScalarType::Long);
+  int64_t rows = p.batch * length, each = length;  // at most, where a threshold decides
+  if (counts) {
+    set_counts(*counts, p);
+    each -= (*counts)[0] * saved;
+    for (int64_t b = 0; b < p.batch; ++b) rows -= p.counts[b * p.counts_stride] * saved;
+  }
+  const bool flat = !dense || !counts;
+  Tensor tokens = flat ? empty({rows, p.channels}, x.scalar_type())
+                       : empty({p.batch, each, p.channels}, x.scalar_type());
+  Tensor sizes =
+      flat ? empty({rows}, ScalarType::Float) : empty({p.batch, each}, ScalarType::Float);
+  Tensor index = empty({p.batch, length}, ScalarType::Long);
+  Tensor offsets = empty({p.batch + 1}, ScalarType::Long);
   p.tokens = tokens.data_ptr();
   p.merged_size = static_cast<float*>(sizes.data_ptr());
   p.index = static_cast<int64_t*>(index.data_ptr());
@@ -80,16 +83,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_adjacent_cpu(
   Scratch scratch(merge_adjacent_scratch(p, threads.threads));
   p.scratch = scratch.data();
   check(merge_adjacent(p, threads), op, "num_windows: allowed 0 … windows");
-  const int64_t rows = p.offsets[p.batch];
+  if (!flat) return {tokens, sizes, index, offsets};
+  rows = p.offsets[p.batch];
   tokens = head(tokens, rows);
   sizes = head(sizes, rows);
-  if (dense) {
-    const int64_t each =
-        p.batch > 0 ? rows / p.batch : length - (threshold ? 0 : counts[0] * (members - 1));
-    tokens = torch::stable::view(tokens, {p.batch, each, p.channels});
-    sizes = torch::stable::view(sizes, {p.batch, each});
-  }
-  return {tokens, sizes, index, offsets};
+  if (!dense) return {tokens, sizes, index, offsets};
+  if (p.batch > 0) each = rows / p.batch;
+  return {torch::stable::view(tokens, {p.batch, each, p.channels}),
+          torch::stable::view(sizes, {p.batch, each}), index, offsets};
 }
 
 // grad (total, C) is packed: one image of rows for all; grad (B, M, C) has its rows per image.

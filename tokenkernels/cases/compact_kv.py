@@ -106,17 +106,19 @@ def _with(make: Any, **options: Any) -> Any:
     return lambda t: make(t) | options
 
 
-_MAKES: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "per-sample": (_per_sample, ()),
-    "shared": (_shared, ("coupled",)),
-    "per-head-int32": (_per_head, ()),
-    "per-layer": (_per_layer, ("coupled",)),
-    "int8-scales": (_with_scales, ()),
-    "strided": (_strided, ()),
-    "rope": (_rope(2, 3, 40, 36, 17, ()), ("coupled",)),
-    "rope-per-head": (_rope(2, 3, 40, 64, 25, (2, 3)), ("coupled",)),
-    "rope-long-range": (_long_range, ("coupled",)),
+_BOTH = ("stable", "fill")
+_SMALL: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
+    "per-sample": (_per_sample, _BOTH, ()),
+    "shared": (_shared, ("stable",), ("coupled",)),
+    "per-head-int32": (_per_head, _BOTH, ()),
+    "per-layer": (_per_layer, ("fill",), ("coupled",)),
+    "int8-scales": (_with_scales, ("stable",), ()),
+    "strided": (_strided, ("fill",), ()),
+    "rope": (_rope(2, 3, 40, 36, 17, ()), ("stable",), ("coupled",)),
+    "rope-per-head": (_rope(2, 3, 40, 64, 25, (2, 3)), _BOTH, ("coupled",)),
+    "rope-long-range": (_long_range, ("fill",), ("coupled",)),
 }
+"""Name → what draws it, in which orders, other tags."""
 
 
 def _cache_of(
@@ -134,8 +136,8 @@ def _cache_of(
 
 def _small(inplace: bool) -> list[Case]:
     cases = []
-    for name, (make, tags) in _MAKES.items():
-        for order in ("stable", "fill"):
+    for name, (make, orders, tags) in _SMALL.items():
+        for order in orders:
             options = {"order": order} | ({"inplace": True} if inplace else {})
             tag = ("test", *tags, *["inplace"] * inplace)
             cases.append(Case(f"{name}-{order}", _with(make, **options), tag))

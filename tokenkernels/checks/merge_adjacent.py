@@ -20,27 +20,31 @@ def merge_adjacent(
     order: Any,
     batch: Any,
     backend: str | None = None,
-) -> tuple[list[int], list[int], list[int]]:
-    """Raises where an argument is off; returns grid, window, and one count or one per image."""
+) -> list[int] | None:
+    """Raises where an argument is off; returns how many windows merge: one int, one per image, or
+    None with a threshold.
+    """
     known = floating(OP, "x", x, backend)
     rank(OP, "x", x, 3)
     integer(OP, "prefix", prefix, 0)
-    grid, window = _extents("grid", grid), _extents("window", window)
+    _extents("grid", grid)
+    _extents("window", window)
     if len(grid) != len(window):
         fail(OP, "window", f"as many entries as grid ({len(grid)})", len(window))
     cells = windows = members = 1
-    for length, step in zip(grid, window, strict=True):
-        cells *= length
-        windows *= length // step
+    for extent, step in zip(grid, window, strict=True):
+        cells *= extent
+        windows *= extent // step
         members *= step
     tokens = prefix + cells
     if members < 2:
         fail(OP, "window", "at least 2 tokens", tuple(window))
-    if x.shape[1] != tokens:
+    images, length, _ = x.shape
+    if length != tokens:
         fail(OP, "x", f"(B, P+N, C) with P+N = {tokens} for grid {tuple(grid)}", tuple(x.shape))
     if size is not None:
         dtype(OP, "size", size, ("float32", "float64") if known == "float64" else ("float32",))
-        shape(OP, "size", size, x.shape[0], tokens)
+        shape(OP, "size", size, images, tokens)
         same_device(OP, "size", size, x, "x")
     choice(OP, "order", order, "raster", "similarity")
     choice(OP, "batch", batch, "ragged", "uniform")
@@ -53,18 +57,18 @@ def merge_adjacent(
         )
     if num_windows is None:
         number(OP, "threshold", threshold)
-        return grid, window, [0]
-    return grid, window, _counts(num_windows, x.shape[0], windows, batch)
+        return None
+    return _counts(num_windows, images, windows, batch)
 
 
-def _extents(name: str, value: Any) -> list[int]:
+def _extents(name: str, value: Any) -> None:
     if not isinstance(value, (list, tuple)):
         fail(OP, name, "1, 2 or 3 ints", f"{type(value).__name__} {value!r:.60}", TypeError)
     if not 1 <= len(value) <= 3:
         fail(OP, name, "1, 2 or 3 ints", f"{len(value)}")
     for extent in value:
-        integer(OP, name, extent, 1)
-    return list(value)
+        if type(extent) is not int or extent < 1:
+            integer(OP, name, extent, 1)
 
 
 def _counts(num_windows: Any, images: int, windows: int, batch: str) -> list[int]:

@@ -86,13 +86,23 @@ def merge_adjacent(
         >>> tk.merge_adjacent(x, (4,), (2,), threshold=0.9).index
         tensor([[0, 0, 1, 2]])
     """
-    grid, window, counts = _check(
-        x, grid, window, threshold, num_windows, size, prefix, order, batch, backend
-    )
+    counts = _check(x, grid, window, threshold, num_windows, size, prefix, order, batch, backend)
     (x,) = autocast(x)
     dense = batch == "uniform" or (num_windows is not None and not hasattr(num_windows, "__len__"))
     return Merged(
-        *OP(backend, x.device.type, x, grid, window, threshold, counts, dense, size, prefix, order)
+        *OP(
+            backend,
+            x.device.type,
+            x,
+            grid,
+            window,
+            threshold,
+            counts,
+            dense,
+            size,
+            prefix,
+            order == "similarity",
+        )
     )
 
 
@@ -113,28 +123,32 @@ def _similarity(tokens: Tensor, windows: Tensor) -> Tensor:
     return (members.sum(2).square().sum(2) - members.square().sum((2, 3))) / (n * (n - 1))
 
 
-def _ranks(similarity: Tensor, threshold: float | None, counts: list[int]) -> tuple[Tensor, Tensor]:
+def _ranks(
+    similarity: Tensor, threshold: float | None, counts: list[int] | None
+) -> tuple[Tensor, Tensor]:
     """The place of every window by descending similarity, and how many should merge."""
     place = (
         similarity.nan_to_num(nan=-torch.inf)
         .argsort(dim=1, descending=True, stable=True)
         .argsort(dim=1)
     )
-    if threshold is not None:
+    if counts is None:
         return place, (similarity >= threshold).sum(1)
     return place, torch.tensor(counts, device=place.device).expand(len(place))
 
 
-def _rows(place: Tensor, merges: Tensor, windows: Tensor, tokens: int, order: str) -> Tensor:
+def _rows(
+    place: Tensor, merges: Tensor, windows: Tensor, tokens: int, by_similarity: bool
+) -> Tensor:
     """The output row of every token of the grid, (B, N), counted behind the prefix."""
     batch = place.shape[0]
     number = torch.arange(tokens, device=place.device).expand(batch, tokens)
-    leader, key = number.clone(), number + (place.shape[1] if order == "similarity" else 0)
+    leader, key = number.clone(), number + (place.shape[1] if by_similarity else 0)
     n = windows.shape[1]
     first = windows[:, :1].expand(-1, n).flatten()
     inside = merges.repeat_interleave(n, dim=1)
     leader[:, windows.flatten()] = torch.where(inside, first, windows.flatten())
-    if order == "similarity":
+    if by_similarity:
         key[:, windows.flatten()] = torch.where(
             inside, place.repeat_interleave(n, dim=1), key[:, windows.flatten()]
         )
@@ -150,11 +164,11 @@ def _merge(
     each: int | None,
     size: Tensor | None,
     prefix: int,
-    order: str,
+    by_similarity: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Merges the `merging` first windows of every image; dense if that is `each` for all."""
+    """Merges the `merging` first windows of each image; dense if that is `each` for all."""
     batch, length, channels = x.shape
-    rows = _rows(place, place < merging[:, None], windows, length - prefix, order)
+    rows = _rows(place, place < merging[:, None], windows, length - prefix, by_similarity)
     front = torch.arange(prefix, device=x.device).expand(batch, prefix)
     index = torch.cat([front, prefix + rows], 1)
     kept = length - merging * (windows.shape[1] - 1)
@@ -168,26 +182,26 @@ def _merge(
 
 
 def _reference(
-    x: Tensor, grid: list[int], window: list[int], threshold: float | None, counts: list[int],
-    dense: bool, size: Tensor | None, prefix: int, order: str,
+    x: Tensor, grid: list[int], window: list[int], threshold: float | None,
+    counts: list[int] | None, dense: bool, size: Tensor | None, prefix: int, by_similarity: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     windows = _windows(grid, window, x.device)
     similarity = _similarity(x[:, prefix:].to(torch.promote_types(x.dtype, torch.float32)), windows)
     place, merging = _ranks(similarity, threshold, counts)
     each = None
     if dense:
-        each = counts[0] if threshold is None else min(merging.tolist(), default=0)
+        each = counts[0] if counts is not None else min(merging.tolist(), default=0)
         merging = torch.full_like(merging, each)
-    return _merge(x, windows, place, merging, each, size, prefix, order)
+    return _merge(x, windows, place, merging, each, size, prefix, by_similarity)
 
 
 def _fake(
-    x: Tensor, grid: list[int], window: list[int], threshold: float | None, counts: list[int],
-    dense: bool, size: Tensor | None, prefix: int, order: str,
+    x: Tensor, grid: list[int], window: list[int], threshold: float | None,
+    counts: list[int] | None, dense: bool, size: Tensor | None, prefix: int, by_similarity: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, length, channels = x.shape
     saved = prod(window) - 1
-    if threshold is not None:
+    if counts is None:
         rows = torch.library.get_ctx().new_dynamic_size()
     else:
         rows = length - counts[0] * saved if dense else batch * length - sum(counts) * saved
@@ -217,7 +231,7 @@ def _compare(
 def _decided(got: list[Tensor], kwargs: dict[str, Any], dtype: torch.dtype) -> list[Tensor]:
     """What the reference makes of the decisions in `got`, seen to be right within rounding."""
     x, grid, window = kwargs["x"].to(dtype), list(kwargs["grid"]), list(kwargs["window"])
-    prefix, order = kwargs.get("prefix", 0), kwargs.get("order", "raster")
+    prefix, by_similarity = kwargs.get("prefix", 0), kwargs.get("order") == "similarity"
     windows = _windows(grid, window, x.device)
     exact = _similarity(x[:, prefix:].double(), windows)
     member_rows = got[2][:, prefix:][:, windows]
@@ -239,14 +253,14 @@ def _decided(got: list[Tensor], kwargs: dict[str, Any], dtype: torch.dtype) -> l
         assert (ranked.masked_fill(merges, -torch.inf).amax(1) <= worst + tolerance).all(), (
             "a better window does not merge"
         )
-    if order == "similarity":
+    if by_similarity:
         ordered = exact.nan_to_num(nan=-2).gather(1, place.argsort(dim=1))
         inside = torch.arange(1, ordered.shape[1], device=x.device) < merging[:, None]
         assert ((ordered.diff(dim=1) <= tolerance) | ~inside).all(), (
             "merged windows are not in order"
         )
     each = int(merging[0]) if got[0].ndim == 3 else None
-    return list(_merge(x, windows, place, merging, each, kwargs.get("size"), prefix, order))
+    return list(_merge(x, windows, place, merging, each, kwargs.get("size"), prefix, by_similarity))
 
 
 def _cost(kwargs: dict[str, Any]) -> tuple[float, float]:
@@ -258,7 +272,7 @@ def _cost(kwargs: dict[str, Any]) -> tuple[float, float]:
 
 OP = Op(
     schema="merge_adjacent(Tensor x, SymInt[] grid, SymInt[] window, float? threshold, "
-    "SymInt[] counts, bool dense, Tensor? size, SymInt prefix, str order) "
+    "SymInt[]? counts, bool dense, Tensor? size, SymInt prefix, bool by_similarity) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,

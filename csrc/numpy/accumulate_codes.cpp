@@ -1,0 +1,35 @@
+// accumulate_codes for NumPy arrays.
+#include "numpy/codes.h"
+
+namespace tk::bind {
+namespace {
+
+py::tuple accumulate_codes_numpy(const array& x_in, const array& index_in, int64_t codes, bool grouped) {
+  const array x = elements(x_in), index = array::ensure(index_in, array::c_style);
+  AccumulateCodes p{};
+  p.x = rows_of(x, grouped, "accumulate_codes");
+  p.groups = grouped ? x.shape(x.ndim() - 2) : 1;
+  p.codes = codes;
+  p.dim = x.shape(x.ndim() - 1);
+  p.index = static_cast<const int64_t*>(index.data());
+  Shape shape{codes};
+  if (grouped) shape.insert(shape.begin(), p.groups);
+  array counts = empty(shape, py::dtype::of<int64_t>());
+  shape.push_back(p.dim);
+  array sums = empty(shape, py::dtype::of<float>());
+  p.counts = static_cast<int64_t*>(counts.mutable_data());
+  p.sums = static_cast<float*>(sums.mutable_data());
+  Status status;
+  {
+    const py::gil_scoped_release release;
+    status = accumulate_codes(p, pool());
+  }
+  check(status, "accumulate_codes", "index: allowed -1 … K−1 (-1: counted nowhere), got something else");
+  return py::make_tuple(counts, sums);
+}
+
+}  // namespace
+
+void bind_accumulate_codes(py::module_& m) { m.def("accumulate_codes", &accumulate_codes_numpy); }
+
+}  // namespace tk::bind
