@@ -60,7 +60,7 @@ def snapkv(
     heads: str = "mean",
     pool: int = 1,
 ) -> Any:
-    """SnapKV's window score: repeated keys, a dense mask, softmax in float32, mean over rows, average
+    """SnapKV's window score: repeated keys, dense mask, float32 softmax, mean over rows, average
     pooling, mean over the group.
     """
     batch, query_heads, rows, dim = query.shape

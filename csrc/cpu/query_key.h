@@ -77,24 +77,21 @@ TK_INLINE Floats sum_lanes(Floats (&x)[kLanes]) {
 
 // bfloat16 in pairs: where the processor multiplies them so, two neighbouring dimensions stay one
 // 32-bit word, from memory to product.
-bool multiplies_pairs() {
-#if defined(__AVX512F__)
-  return __builtin_cpu_supports("avx512bf16");
+#if defined(__AVX512BF16__)
+constexpr bool kMultipliesPairs = true;
 #else
-  return false;
+constexpr bool kMultipliesPairs = false;
 #endif
-}
 
 // sum + a · b; with Pairs every lane of a and b holds two bfloat16, and two products are added.
 template <bool Pairs>
 TK_INLINE Floats multiply_add(Floats sum, Floats a, Floats b) {
-  if constexpr (!Pairs) return sum + a * b;
-#if defined(__AVX512F__)
-  asm("vdpbf16ps %2, %1, %0"
-      : "+v"(sum)
-      : "v"(a), "v"(b));  // by its name: the rest of this file runs without it
+#if defined(__AVX512BF16__)
+  if constexpr (Pairs) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
 #endif
-  return sum;
+  return sum + a * b;
 }
 
 // A row of keys as words: pairs of its elements, or the elements themselves.
@@ -279,7 +276,7 @@ struct Way {
 };
 
 Way way_of(DType dtype, int64_t rows, int64_t dim) {
-  return {rows <= kFewRows, dtype == DType::kBFloat16 && dim % 2 == 0 && multiplies_pairs()};
+  return {rows <= kFewRows, dtype == DType::kBFloat16 && dim % 2 == 0 && kMultipliesPairs};
 }
 
 // Floats that the packed queries take, at most.
@@ -300,7 +297,7 @@ TK_INLINE void multiply_tile(Way way, const float* query, int rows, int64_t dim,
 template <class T>
 void multiply_tile(Way way, const float* query, int rows, int64_t dim, const T* key, int64_t stride,
                    int keys, float* scores, int64_t width) {
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (kMultipliesPairs && sizeof(T) == 2) {
     if (way.pairs) {
       return multiply_tile<true>(way, query, rows, dim, key, stride, keys, scores, width);
     }
