@@ -175,7 +175,7 @@ def score_attention(
     reduce: str | Sequence[str] = ("sum",),
     pool: int = 1,
 ) -> Array | tuple[Array, Array]:
-    """Scores every key by the attention that it receives from the rows of `query`; see `tokenkernels.score_attention`."""
+    """Scores every key by the attention it receives; see `tokenkernels.score_attention`."""
     first, end, total, top = _check_score_attention(
         query,
         key,
@@ -191,10 +191,21 @@ def score_attention(
         pool,
     )
     outputs = _core.score_attention(
-        query, key, query.shape[3] ** -0.5 if scale is None else scale, causal, _plain(query_positions, np.int64),
-        _plain(key_lengths, np.int64), _plain(lse, np.float32), _plain(row_weights, np.float32), first, end, _HEADS[heads],
-        total, top, pool,
-    )  # fmt: skip
+        query,
+        key,
+        query.shape[3] ** -0.5 if scale is None else scale,
+        causal,
+        _plain(query_positions, np.int64),
+        _plain(key_lengths, np.int64),
+        _plain(lse, np.float32),
+        _plain(row_weights, np.float32),
+        first,
+        end,
+        _HEADS[heads],
+        total,
+        top,
+        pool,
+    )
     return (outputs[0], outputs[1]) if total and top else outputs
 
 

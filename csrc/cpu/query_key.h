@@ -17,6 +17,8 @@ constexpr int kPanelVectors = 2;
 #endif
 constexpr int kPanel = kPanelVectors * kLanes;  // keys of one packed panel
 constexpr int kDepth = 128;                     // dimensions of one packed panel
+template <bool Pairs>
+constexpr int kWords = Pairs ? kDepth / 2 : kDepth;  // the same in words: pairs or single ones
 constexpr int kFewRows = 4;
 
 // Lane 2i from a, 2i+1 from b: the lower or the upper halves of both.
@@ -75,24 +77,21 @@ TK_INLINE Floats sum_lanes(Floats (&x)[kLanes]) {
 
 // bfloat16 in pairs: where the processor multiplies them so, two neighbouring dimensions stay one
 // 32-bit word, from memory to product.
-bool multiplies_pairs() {
-#if defined(__AVX512F__)
-  return __builtin_cpu_supports("avx512bf16");
+#if defined(__AVX512BF16__)
+constexpr bool kMultipliesPairs = true;
 #else
-  return false;
+constexpr bool kMultipliesPairs = false;
 #endif
-}
 
 // sum + a · b; with Pairs every lane of a and b holds two bfloat16, and two products are added.
 template <bool Pairs>
 TK_INLINE Floats multiply_add(Floats sum, Floats a, Floats b) {
-  if constexpr (!Pairs) return sum + a * b;
-#if defined(__AVX512F__)
-  asm("vdpbf16ps %2, %1, %0"
-      : "+v"(sum)
-      : "v"(a), "v"(b));  // by its name: the rest of this file runs without it
+#if defined(__AVX512BF16__)
+  if constexpr (Pairs) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
 #endif
-  return sum;
+  return sum + a * b;
 }
 
 // A row of keys as words: pairs of its elements, or the elements themselves.
@@ -156,30 +155,29 @@ struct Scores {
   bool first;
 };
 
-// Rows × Vectors products in registers. query[word][row], panel[word][key].
+// Rows × Vectors products in registers. query[row][word], panel[word][key].
 template <bool Pairs, int Rows, int Vectors>
 void multiply(const float* query, const float* panel, int words, const Scores& scores,
               Ahead& next) {
   Ahead ahead = next;
-  Floats sums[Rows][Vectors];
-  for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Vectors; ++v) {
-      sums[r][v] = scores.first ? Floats{} : load(scores.at + r * scores.width + v * kLanes);
-    }
-  }
+  Floats sums[Rows][Vectors] = {};
   for (int w = 0; w < words; ++w) {
     ahead.step();
     Floats keys[Vectors];
     for (int v = 0; v < Vectors; ++v) keys[v] = load(panel + w * kPanel + v * kLanes);
     for (int r = 0; r < Rows; ++r) {
-      const auto q =
-          reinterpret_cast<Floats>(splat_int(static_cast<int32_t>(bits_of(query[w * Rows + r]))));
+      const uint32_t word = bits_of(query[r * kWords<Pairs> + w]);
+      const auto q = reinterpret_cast<Floats>(splat_int(static_cast<int32_t>(word)));
       for (int v = 0; v < Vectors; ++v) sums[r][v] = multiply_add<Pairs>(sums[r][v], q, keys[v]);
     }
   }
   next = ahead;
   for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Vectors; ++v) store(scores.at + r * scores.width + v * kLanes, sums[r][v]);
+    for (int v = 0; v < Vectors; ++v) {
+      float* to = scores.at + r * scores.width + v * kLanes;
+      if (!scores.first) sums[r][v] += load(to);
+      store(to, sums[r][v]);
+    }
   }
 }
 
@@ -202,16 +200,16 @@ TK_INLINE void multiply_rows(int rows, const float* query, const float* panel, i
   }
 }
 
-// Rows in blocks of kRowBlock, each stored word by word: query[block][word][row of the block].
+// query[words in steps of kWords][row][word]
 template <bool Pairs, class T>
 void multiply_many(const float* query, int rows, int64_t dim, const T* key, int64_t stride,
                    int keys, float* scores, int64_t width) {
-  constexpr int kWord = Pairs ? 2 : 1;
   alignas(64) float panel[kPanel * kDepth];
   for (int j = 0; j < keys; j += kPanel) {
     const int count = smaller(kPanel, keys - j);
     for (int64_t d = 0; d < dim; d += kDepth) {
-      const auto depth = static_cast<int>(smaller<int64_t>(kDepth, dim - d)), words = depth / kWord;
+      const auto depth = static_cast<int>(smaller<int64_t>(kDepth, dim - d));
+      const int words = Pairs ? depth / 2 : depth;
       const T* from = key + j * stride + d;
       pack_panel<Pairs>(from, stride, count, words, panel);
       const int64_t row_bytes = depth * static_cast<int64_t>(sizeof(T)),
@@ -220,7 +218,7 @@ void multiply_many(const float* query, int rows, int64_t dim, const T* key, int6
       Ahead next{line, line + row_bytes, row_bytes, stride_bytes};
       for (int r = 0; r < rows; r += kRowBlock) {
         const int block = smaller(kRowBlock, rows - r);
-        const float* q = query + (r * dim + d * block) / kWord;
+        const float* q = query + (d / kDepth * rows + r) * kWords<Pairs>;
         const Scores to{scores + r * width + j, width, d == 0};
         if (count > kPanel - kLanes) {
           multiply_rows<Pairs, kPanelVectors>(block, q, panel, words, to, next);
@@ -235,80 +233,94 @@ void multiply_many(const float* query, int rows, int64_t dim, const T* key, int6
 }
 
 // kLanes / Rows keys at a time, read one after the other, as memory likes it; keys that lie apart
-// are asked for ahead. query[row][d], rows and dimensions padded with zeros; `padded` dimensions a
-// row.
-template <int Rows, class T>
-void multiply_few(const float* query, int rows, int64_t dim, int64_t padded, const T* key,
-                  int64_t stride, int keys, float* scores, int64_t width) {
+// are asked for ahead. query[row][word], words padded with zeros to whole vectors; Rows ≥ rows.
+template <bool Pairs, int Rows, class T>
+void multiply_few(const float* query, int rows, int64_t dim, const T* key, int64_t stride, int keys,
+                  float* scores, int64_t width) {
   constexpr int kKeys = kLanes / Rows, kKeysAhead = 6, kLine = 64 / sizeof(T);
-  const int64_t apart = stride == dim ? 0 : dim;
+  const int64_t apart = stride == dim ? 0 : dim, words = Pairs ? dim / 2 : dim;
+  const int64_t whole = words / kLanes * kLanes, padded = ceil_div(words, kLanes) * kLanes;
+  const float* q[Rows];
+  for (int r = 0; r < Rows; ++r) q[r] = query + smaller(r, rows - 1) * padded;
   for (int j = 0; j < keys; j += kKeys) {
     Floats sums[kLanes];
     for (int i = 0; i < kKeys; ++i) {
-      const T* k = key + smaller(j + i, keys - 1) * stride;
-      for (int64_t d = 0; d < apart; d += kLine) __builtin_prefetch(k + kKeysAhead * stride + d);
+      const T* row = key + smaller(j + i, keys - 1) * stride;
+      for (int64_t d = 0; d < apart; d += kLine) __builtin_prefetch(row + kKeysAhead * stride + d);
+      const auto* k = words_of<Pairs>(row);
       Floats products[Rows] = {};
-      int64_t d = 0;
-      for (; d + kLanes <= dim; d += kLanes) {
-        for (int r = 0; r < Rows; ++r) products[r] += load(query + r * padded + d) * load(k + d);
+      for (int64_t w = 0; w < whole; w += kLanes) {
+        for (int r = 0; r < Rows; ++r) {
+          products[r] = multiply_add<Pairs>(products[r], load(q[r] + w), load(k + w));
+        }
       }
-      if (d < dim) {
-        const Floats rest = load(k + d, static_cast<int>(dim - d));
-        for (int r = 0; r < Rows; ++r) products[r] += load(query + r * padded + d) * rest;
+      if (whole < words) {
+        const Floats rest = load(k + whole, static_cast<int>(words - whole));
+        for (int r = 0; r < Rows; ++r) {
+          products[r] = multiply_add<Pairs>(products[r], load(q[r] + whole), rest);
+        }
       }
       for (int r = 0; r < Rows; ++r) sums[r * kKeys + i] = products[r];
     }
     float lanes[kLanes];
     store(lanes, sum_lanes(sums));
-    for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < rows; ++r) {
       std::memcpy(scores + r * width + j, lanes + r * kKeys, sizeof(float) * kKeys);
+    }
   }
 }
 
-enum class Products { kFew, kMany, kPairs };
+// How the products of a block of rows are made.
+struct Way {
+  bool few, pairs;
+};
 
-Products products_of(DType dtype, int64_t rows, int64_t dim) {
-  if (rows <= kFewRows) return Products::kFew;
-  return dtype == DType::kBFloat16 && dim % 2 == 0 && multiplies_pairs() ? Products::kPairs
-                                                                         : Products::kMany;
+Way way_of(DType dtype, int64_t rows, int64_t dim) {
+  return {rows <= kFewRows, dtype == DType::kBFloat16 && dim % 2 == 0 && kMultipliesPairs};
 }
+
+// Floats that the packed queries take, at most.
+int64_t packed_floats(int64_t rows, int64_t dim) { return rows * ceil_div(dim, kDepth) * kDepth; }
 
 // scores[r][j] for `keys` ≤ kTile keys, the scores of one row `width` apart (`width` ≥ keys rounded
 // up to kLanes).
+template <bool Pairs, class T>
+TK_INLINE void multiply_tile(Way way, const float* query, int rows, int64_t dim, const T* key,
+                             int64_t stride, int keys, float* scores, int64_t width) {
+  auto* function = multiply_many<Pairs, T>;
+  if (way.few) function = multiply_few<Pairs, 4, T>;
+  if (way.few && rows == 2) function = multiply_few<Pairs, 2, T>;
+  if (way.few && rows == 1) function = multiply_few<Pairs, 1, T>;
+  function(query, rows, dim, key, stride, keys, scores, width);
+}
+
 template <class T>
-void multiply_tile(Products way, const float* query, int rows, int64_t dim, const T* key,
-                   int64_t stride, int keys, float* scores, int64_t width) {
-  const int64_t padded = ceil_div(dim, kLanes) * kLanes;
-  if constexpr (sizeof(T) == 2) {
-    if (way == Products::kPairs)
-      return multiply_many<true>(query, rows, dim, key, stride, keys, scores, width);
+void multiply_tile(Way way, const float* query, int rows, int64_t dim, const T* key, int64_t stride,
+                   int keys, float* scores, int64_t width) {
+  if constexpr (kMultipliesPairs && sizeof(T) == 2) {
+    if (way.pairs) {
+      return multiply_tile<true>(way, query, rows, dim, key, stride, keys, scores, width);
+    }
   }
-  if (way != Products::kFew)
-    return multiply_many<false>(query, rows, dim, key, stride, keys, scores, width);
-  if (rows == 1) return multiply_few<1>(query, rows, dim, padded, key, stride, keys, scores, width);
-  if (rows == 2) return multiply_few<2>(query, rows, dim, padded, key, stride, keys, scores, width);
-  return multiply_few<4>(query, rows, dim, padded, key, stride, keys, scores, width);
+  multiply_tile<false>(way, query, rows, dim, key, stride, keys, scores, width);
 }
 
 // One row of queries as multiply_tile wants it: row r of `rows`.
 template <class T>
-void pack_query(Products way, const T* from, int r, int rows, int64_t dim, float* to) {
-  const int first = r / kRowBlock * kRowBlock, block = smaller(kRowBlock, rows - first);
-  if (way == Products::kPairs) {
-    to += first * dim / 2 + r - first;
-    for (int64_t d = 0; d < dim; d += 2, to += block) std::memcpy(to, from + d, sizeof(float));
-    return;
-  }
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    const int count = static_cast<int>(smaller<int64_t>(kLanes, dim - d));
-    const Floats value = load(from + d, count);
-    if (way == Products::kFew) {
-      store(to + r * ceil_div(dim, kLanes) * kLanes + d, value);
-    } else {
-      float lanes[kLanes];
-      store(lanes, value);
-      for (int i = 0; i < count; ++i) to[first * dim + (d + i) * block + r - first] = lanes[i];
+void pack_query(Way way, const T* from, int r, int rows, int64_t dim, float* to) {
+  const int64_t words = way.pairs ? dim / 2 : dim;
+  int64_t step = way.pairs ? kWords<true> : kWords<false>;
+  if (way.few) step = ceil_div(words, kLanes) * kLanes;
+  for (int64_t w = 0; w < words; w += kLanes) {
+    const int count = static_cast<int>(smaller<int64_t>(kLanes, words - w));
+    float* at = to + (w / step * rows + r) * step + w % step;
+    if constexpr (sizeof(T) == 2) {
+      if (way.pairs) {
+        store(at, load(words_of<true>(from) + w, count));
+        continue;
+      }
     }
+    store(at, load(from + w, count));
   }
 }
 

@@ -74,15 +74,18 @@ TK_INLINE float peak_of(const float* scores, int count, float scale) {
   return max(peak);
 }
 
-// The exponentials of one unit and tile, each row relative to the logarithm of its sum, where that
-// is given, or to its peak here.
+// The exponentials of one unit and tile: of each row relative to the logarithm of its sum, where
+// that is given, or to its peak here. All peaks come before the exponentials, so that rows overlap.
 void score_tile(const ScoreAttention& p, const Plan& plan, const Unit& unit, int64_t tile) {
   const int64_t begin = tile * kTile;
   if (p.lse && (begin >= p.end_column || begin + kTile <= p.first_column)) return;
-  int64_t end = 0;
-  for (int t = 0; t < unit.rows; ++t) end = larger(end, visible(p, unit.image, unit.first_row + t));
-  const int keys = static_cast<int>(larger<int64_t>(0, smaller<int64_t>(kTile, end - begin))),
-            width = tile_width(plan, tile);
+  int counts[kUnitRows], keys = 0;  // that a row sees here
+  for (int t = 0; t < unit.rows; ++t) {
+    const int64_t seen = visible(p, unit.image, unit.first_row + t) - begin;
+    counts[t] = static_cast<int>(larger<int64_t>(0, smaller<int64_t>(kTile, seen)));
+    keys = larger(keys, counts[t]);
+  }
+  const int width = tile_width(plan, tile);
   float* scores = unit.scores + begin * plan.folded;
   if (keys > 0) {
     dispatch(p.dtype, [&](auto zero) {
@@ -94,22 +97,20 @@ void score_tile(const ScoreAttention& p, const Plan& plan, const Unit& unit, int
     });
   }
   const float scale = p.scale * kLog2E;
-  for (int t = 0; t < unit.rows; ++t) {
-    const int64_t seen = visible(p, unit.image, unit.first_row + t) - begin;
-    const int count = static_cast<int>(larger<int64_t>(0, smaller<int64_t>(keys, seen)));
-    for (int h = 0; h < unit.heads; ++h) {
-      const int r = h * unit.rows + t;
-      float* row = scores + r * width;
-      if (p.lse) {
-        const float* lse = p.lse + unit.image * p.lse_strides[0] +
-                           (unit.first_head + h) * p.lse_strides[1] +
-                           (unit.first_row + t) * p.lse_strides[2];
-        exponentials(row, count, scale, *lse * kLog2E);
-        continue;
-      }
-      const float peak = peak_of(row, count, scale);
-      unit.factors[tile * plan.lanes + r] = peak;
-      unit.totals[tile * plan.lanes + r] = sum(exponentials(row, count, scale, peak));
+  float* peaks = unit.factors + tile * plan.lanes;
+  for (int h = 0, r = 0; h < unit.heads; ++h) {
+    const float* lse = p.lse + unit.image * p.lse_strides[0] +
+                       (unit.first_head + h) * p.lse_strides[1] + unit.first_row * p.lse_strides[2];
+    for (int t = 0; t < unit.rows; ++t, ++r) {
+      peaks[r] = p.lse ? lse[t * p.lse_strides[2]] * kLog2E
+                       : peak_of(scores + r * width, counts[t], scale);
+    }
+  }
+  float* totals = unit.totals + tile * plan.lanes;
+  for (int h = 0, r = 0; h < unit.heads; ++h) {
+    for (int t = 0; t < unit.rows; ++t, ++r) {
+      const float total = sum(exponentials(scores + r * width, counts[t], scale, peaks[r]));
+      if (!p.lse) totals[r] = total;
     }
   }
 }
@@ -264,39 +265,55 @@ void reduce_columns(const ScoreAttention& p, const Plan& plan, const Wave& wave,
   }
 }
 
-void run_wave(const ScoreAttention& p, const Plan& plan, const Wave& wave, const Pool& pool) {
+void pack_queries(const ScoreAttention& p, const Plan& plan, const Unit& unit) {
+  dispatch(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for (int r = 0; r < unit.folded; ++r) {
+      const T* from = static_cast<const T*>(p.query) + unit.image * p.query_strides[0] +
+                      (unit.first_head + r / unit.rows) * p.query_strides[1] +
+                      (unit.first_row + r % unit.rows) * p.query_strides[2];
+      pack_query(plan.way, from, r, unit.folded, p.dim, unit.queries);
+    }
+  });
+}
+
+// Many units: each is one piece of work. Few: their tiles are.
+void score_units(const ScoreAttention& p, const Plan& plan, const Wave& wave, const Pool& pool) {
   const int64_t slots = wave.images * wave.units;
-  for (int64_t slot = 0; slot < slots; ++slot) {
-    const Unit unit = unit_at(p, plan, wave, slot);
-    if (plan.way == Products::kFew)
-      std::memset(unit.queries, 0,
-                  sizeof(float) * static_cast<size_t>(kFewRows * round_up(p.dim, kLanes)));
-    dispatch(p.dtype, [&](auto zero) {
-      using T = decltype(zero);
-      for (int r = 0; r < unit.folded; ++r) {
-        const T* from = static_cast<const T*>(p.query) + unit.image * p.query_strides[0] +
-                        (unit.first_head + r / unit.rows) * p.query_strides[1] +
-                        (unit.first_row + r % unit.rows) * p.query_strides[2];
-        pack_query(plan.way, from, r, unit.folded, p.dim, unit.queries);
+  const int64_t work = plan.folded * kTile * (p.dim / kLanes + 1);  // of a tile, in vectors
+  const auto pack = [&](int64_t slot) { pack_queries(p, plan, unit_at(p, plan, wave, slot)); };
+  const auto score = [&](int64_t slot, int64_t tile) {
+    score_tile(p, plan, unit_at(p, plan, wave, slot), tile);
+  };
+  const auto finish = [&](int64_t slot) { find_factors(p, plan, unit_at(p, plan, wave, slot)); };
+  if (slots >= 8 * pool.threads) {
+    const int64_t grain = 1 + 60'000 / (work * plan.tiles);
+    return parallel_for(pool, slots, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t slot = begin; slot < end; ++slot) {
+        pack(slot);
+        for (int64_t tile = 0; tile < plan.tiles; ++tile) score(slot, tile);
+        finish(slot);
       }
     });
   }
-  const int64_t tile_work =
-      plan.folded * kTile * (p.dim / kLanes + 1);  // vector operations, nearly
-  parallel_for(pool, slots * plan.tiles, 1 + 60'000 / tile_work, [&](int64_t begin, int64_t end) {
+  for (int64_t slot = 0; slot < slots; ++slot) pack(slot);
+  const int64_t grain = 1 + 60'000 / work;
+  parallel_for(pool, slots * plan.tiles, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) score(i / plan.tiles, i % plan.tiles);
+  });
+  for (int64_t slot = 0; slot < slots; ++slot) finish(slot);
+}
+
+void run_wave(const ScoreAttention& p, const Plan& plan, const Wave& wave, const Pool& pool) {
+  score_units(p, plan, wave, pool);
+  const int64_t first = p.first_column / kColumns;
+  const int64_t blocks = ceil_div(p.end_column, kColumns) - first;
+  const int64_t grain = 1 + 4'000 / (wave.units * plan.folded * kColumnVectors * 3);
+  parallel_for(pool, wave.images * blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      score_tile(p, plan, unit_at(p, plan, wave, i / plan.tiles), i % plan.tiles);
+      reduce_columns(p, plan, wave, i / blocks, (first + i % blocks) * kColumns);
     }
   });
-  for (int64_t slot = 0; slot < slots; ++slot) find_factors(p, plan, unit_at(p, plan, wave, slot));
-  const int64_t first = p.first_column / kColumns,
-                blocks = ceil_div(p.end_column, kColumns) - first;
-  const int64_t column_work = wave.units * plan.folded * kColumnVectors * 3;
-  parallel_for(pool, wave.images * blocks, 1 + 4'000 / column_work,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t i = begin; i < end; ++i)
-                   reduce_columns(p, plan, wave, i / blocks, (first + i % blocks) * kColumns);
-               });
 }
 
 // One row of the output becomes the average over `pool` columns, zeros beyond both ends counted: in

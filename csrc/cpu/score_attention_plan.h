@@ -11,21 +11,25 @@ namespace {
 constexpr int kColumnVectors = 4;
 constexpr int kColumns = kColumnVectors * kLanes;  // columns summed up at once
 constexpr int64_t kUnitRows = 256, kUnitFloats = int64_t{1} << 22;
-constexpr int64_t kLeastWave = int64_t{1} << 16, kMostWave = int64_t{1} << 21;  // floats
+// The scratch of a wave, in floats: an eighth of all scores of an image between the first two
+// bounds; small images together up to the third.
+constexpr int64_t kLeastWave = int64_t{1} << 16, kMostWave = int64_t{1} << 21;
+constexpr int64_t kManyImages = int64_t{1} << 18;
 
 // The cut, and where a unit keeps what in its scratch (offsets in floats).
 struct Plan {
-  int64_t group, tiles,
-      width;  // query heads of a key head; tiles of keys; keys rounded up to kColumns
+  int64_t group;                    // query heads of a key head
+  int64_t tiles;                    // of keys
+  int64_t width;                    // keys rounded up to kColumns
   int64_t unit_heads, head_blocks;  // query heads of a unit
   int64_t unit_rows, row_blocks;    // rows of a unit
   int64_t folded, lanes;            // unit_heads · unit_rows, rounded up to kLanes
-  int64_t units,
-      part_units;  // units of an image; those taken up together, when an image needs several waves
-  int64_t wave_units, wave_images;  // of one wave
+  int64_t units;                    // of an image
+  int64_t part_units;               // of them, those that a wave holds
+  int64_t wave_images, wave_units;  // of a wave: several images, where it holds all units of one
   int64_t queries_at, factors_at, totals_at, unit_floats;
-  int64_t carry_floats;  // head sums of unit_rows rows, where a maximum of them needs several waves
-  Products way;
+  int64_t carry_floats;  // head sums of unit_rows rows, where their maximum needs several waves
+  Way way;
 };
 
 struct Unit {
@@ -62,19 +66,17 @@ Plan plan_of(const ScoreAttention& p) {
   plan.row_blocks = ceil_div(p.rows, plan.unit_rows);
   plan.folded = plan.unit_heads * plan.unit_rows;
   plan.lanes = round_up(plan.folded, kLanes);
-  plan.way = products_of(p.dtype, plan.folded, p.dim);
+  plan.way = way_of(p.dtype, plan.folded, p.dim);
   plan.units = plan.row_blocks * p.key_heads * plan.head_blocks;
   plan.queries_at = plan.folded * plan.width;
-  plan.factors_at =
-      plan.queries_at +
-      round_up(larger<int64_t>(kFewRows, plan.folded) * round_up(p.dim, kLanes), kLanes);
+  plan.factors_at = plan.queries_at + packed_floats(plan.folded, p.dim);
   plan.totals_at = plan.factors_at + plan.tiles * plan.lanes;
   plan.unit_floats = plan.totals_at + (p.lse ? 0 : plan.tiles * plan.lanes);
-  const int64_t budget = smaller(kMostWave, larger(kLeastWave, plan.units * plan.unit_floats / 8));
+  const int64_t image_floats = plan.units * plan.unit_floats;
+  const int64_t budget = smaller(kMostWave, larger(kLeastWave, image_floats / 8));
   plan.part_units = smaller(plan.units, larger<int64_t>(1, budget / plan.unit_floats));
   const bool whole = plan.part_units == plan.units;
-  plan.wave_images =
-      whole ? smaller(p.batch, larger<int64_t>(1, budget / (plan.units * plan.unit_floats))) : 1;
+  plan.wave_images = whole ? smaller(p.batch, larger<int64_t>(1, kManyImages / image_floats)) : 1;
   plan.wave_units = plan.part_units * plan.wave_images;
   if (p.max && !whole && units_of_output(p, plan) > 1)
     plan.carry_floats = plan.unit_rows * plan.width;

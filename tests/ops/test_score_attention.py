@@ -1,4 +1,6 @@
-"""score_attention beyond the registry: golden tensors, known attention, more than 2³¹ elements, long caches in several waves."""
+"""score_attention beyond the registry: golden tensors, known attention, more than 2³¹ elements,
+long caches in several waves.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("native")
 
 
 def queries_with_attention(attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Query (B, H, 1, D) and key (B, H, N, D) whose attention is the given (B, H, N), whatever it is."""
+    """Query (B, H, 1, D) and key (B, H, N, D) whose attention is the given one."""
     key = attention.double().clamp_min(1e-300).log()[..., None].float()
     return torch.ones_like(key[:, :, :1]), key
 
@@ -36,12 +38,16 @@ def test_mustdrop_text_rows(golden: Path) -> None:
     first, vision, text = int(data["v_token_start"]), int(data["img_seq"]), int(data["text_seq"])
     query, key = torch.from_numpy(data["q"]), torch.from_numpy(data["k"])
     columns = (first, first + vision)
-    total, top = tk.score_attention(query[:, :, -text:], key, causal=True, columns=columns, reduce=("sum", "max"))
+    total, top = tk.score_attention(
+        query[:, :, -text:], key, causal=True, columns=columns, reduce=("sum", "max")
+    )
     assert np.allclose(total[0], data["colsum"], rtol=1e-5, atol=1e-6)
     assert np.allclose(top[0], data["colmax"], rtol=1e-5, atol=1e-6)
     last = tk.score_attention(query[:, :, -1:], key, columns=columns)
     assert np.allclose(last[0], data["last_row"], rtol=1e-5, atol=1e-6)
-    for thresholds, keep in ((data[f"case{c}_thr"], data[f"case{c}_keep_fp32"]) for c in (0, 1, 2, 6)):
+    for thresholds, keep in (
+        (data[f"case{c}_thr"], data[f"case{c}_keep_fp32"]) for c in (0, 1, 2, 6)
+    ):
         share, peak = total[0] / total[0].sum() / thresholds[0], top[0] / thresholds[1]
         assert torch.maximum(share, peak).ge(1).nonzero()[:, 0].tolist() == keep.tolist()
 
@@ -49,7 +55,9 @@ def test_mustdrop_text_rows(golden: Path) -> None:
 def test_the_maximum_is_that_of_the_head_mean() -> None:
     attention = torch.tensor([[[0.5, 0.5], [0.0, 1.0]]])
     query, key = queries_with_attention(attention)
-    assert torch.allclose(tk.score_attention(query, key, scale=1.0, reduce="max"), torch.tensor([[0.25, 0.75]]))
+    assert torch.allclose(
+        tk.score_attention(query, key, scale=1.0, reduce="max"), torch.tensor([[0.25, 0.75]])
+    )
 
 
 def test_lse_given_or_not_is_the_same() -> None:
@@ -57,7 +65,9 @@ def test_lse_given_or_not_is_the_same() -> None:
     lse = (query @ key.repeat_interleave(4, 1).mT / math.sqrt(32)).logsumexp(-1)
     for columns in (None, (300, 700)):
         given = tk.score_attention(query, key, lse=lse, columns=columns)
-        assert torch.allclose(given, tk.score_attention(query, key, columns=columns), rtol=1e-5, atol=1e-6)
+        assert torch.allclose(
+            given, tk.score_attention(query, key, columns=columns), rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -65,12 +75,19 @@ def test_lse_given_or_not_is_the_same() -> None:
 def test_many_waves(dtype: torch.dtype, heads: str) -> None:
     """Long enough that head sums are carried from wave to wave."""
     query, key = torch.randn(2, 12, 70, 16).to(dtype), torch.randn(2, 6, 1500, 16).to(dtype)
-    options = {"causal": True, "heads": heads, "reduce": ("sum", "max"), "row_weights": torch.rand(2, 70)}
+    options = {
+        "causal": True,
+        "heads": heads,
+        "reduce": ("sum", "max"),
+        "row_weights": torch.rand(2, 70),
+    }
     want = tk.score_attention(query.double(), key.double(), **options, backend="reference")
     got = tk.score_attention(query, key, **options)
     for g, w in zip(got, want, strict=True):
         assert (g - w).abs().max() < 3e-6 * w.abs().max()
-    alone = tk.score_attention(query[1:], key[1:], **(options | {"row_weights": options["row_weights"][1:]}))
+    alone = tk.score_attention(
+        query[1:], key[1:], **(options | {"row_weights": options["row_weights"][1:]})
+    )
     for g, a in zip(got, alone, strict=True):
         assert torch.equal(g[1:], a)
 

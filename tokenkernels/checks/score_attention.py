@@ -26,7 +26,9 @@ def score_attention(
     pool: Any,
     backend: str | None = None,
 ) -> tuple[int, int, bool, bool]:
-    """Raises where an argument is off; returns first and end column, and whether sum and maximum are wanted."""
+    """Raises where an argument is off; returns first and end column, and whether sum and maximum
+    are wanted.
+    """
     floating(OP, "query", query, backend)
     rank(OP, "query", query, 4)
     rank(OP, "key", key, 4)
@@ -36,8 +38,18 @@ def score_attention(
     key_heads, keys = key.shape[1], key.shape[2]
     if min(query_heads, rows, dim) < 1:
         fail(OP, "query", "(B, H, R, D) with H, R, D at least 1", tuple(query.shape))
-    if key.shape[0] != batch or key.shape[3] != dim or min(key_heads, keys) < 1 or query_heads % key_heads:
-        fail(OP, "key", f"({batch}, G, N, {dim}) with N at least 1 and {query_heads} a multiple of G", tuple(key.shape))
+    if (
+        key.shape[0] != batch
+        or key.shape[3] != dim
+        or min(key_heads, keys) < 1
+        or query_heads % key_heads
+    ):
+        fail(
+            OP,
+            "key",
+            f"({batch}, G, N, {dim}) with N at least 1 and {query_heads} a multiple of G",
+            tuple(key.shape),
+        )
     if not isinstance(causal, bool):
         fail(OP, "causal", "True, False", repr(causal), TypeError)
     if query_positions is not None:

@@ -1,0 +1,220 @@
+"""The inputs that score_attention is tried on, the calls it refuses, and what a call must cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .._case import Bad, Case, Make
+
+
+def _tokens(
+    t: Make, batch: int, heads: int, key_heads: int, rows: int, keys: int, dim: int
+) -> dict[str, Any]:
+    return {"query": t.randn(batch, heads, rows, dim), "key": t.randn(batch, key_heads, keys, dim)}
+
+
+def _simple(*sizes: int, **options: Any) -> Any:
+    return lambda t: _tokens(t, *sizes) | options
+
+
+def _positioned(t: Make) -> dict[str, Any]:
+    kwargs = _tokens(t, 3, 4, 2, 9, 300, 20)
+    return kwargs | {
+        "causal": True,
+        "query_positions": t.randint(-1, 305, (3, 9)),
+        "key_lengths": torch.tensor([300, 0, 259], device=t.device),
+        "row_weights": t.rand(3, 9, dtype=torch.float32),
+        "reduce": ("sum", "max"),
+    }
+
+
+def _padded(t: Make) -> dict[str, Any]:
+    kwargs = _tokens(t, 3, 6, 2, 4, 37, 16)
+    return kwargs | {
+        "causal": True,
+        "key_lengths": torch.tensor([37, 2, 20], device=t.device),
+        "heads": "group",
+    }
+
+
+def _given_lse(t: Make) -> dict[str, Any]:
+    kwargs = _tokens(t, 2, 4, 2, 5, 600, 24)
+    keys = kwargs["key"].double().repeat_interleave(2, 1)
+    logits = kwargs["query"].double() @ keys.mT * 0.3
+    return kwargs | {
+        "scale": 0.3,
+        "lse": logits.logsumexp(-1).float(),
+        "columns": (270, 590),
+        "heads": "none",
+        "reduce": ("sum", "max"),
+    }
+
+
+def _unseen_nan(t: Make) -> dict[str, Any]:
+    kwargs = _tokens(t, 2, 2, 1, 12, 70, 8)
+    lengths = torch.tensor([61, 30], device=t.device)
+    kwargs["key"][0, :, 61:] = torch.nan
+    kwargs["key"][1, :, 40] = torch.inf
+    kwargs["query"][0, 1, 3] = torch.nan
+    kwargs["key"][0, 0, 60, 0] = torch.nan
+    return kwargs | {
+        "causal": True,
+        "key_lengths": lengths,
+        "heads": "none",
+        "reduce": ("sum", "max"),
+    }
+
+
+def _large_logits(t: Make) -> dict[str, Any]:
+    kwargs = _tokens(t, 2, 2, 2, 7, 530, 32)
+    kwargs["query"][:, :, 1] *= 40
+    kwargs["query"][:, :, 2] = 0
+    return kwargs | {"scale": -0.5, "reduce": ("sum", "max")}
+
+
+def _split_heads(t: Make) -> dict[str, Any]:
+    tokens = t.randn(2, 50, 3, 4, 16)
+    return {
+        "query": tokens[:, 1:8, 0].transpose(1, 2),
+        "key": tokens[:, :, 1].transpose(1, 2),
+        "pool": 3,
+    }
+
+
+CASES = [
+    Case("class-token", _simple(3, 4, 4, 1, 50, 32, columns=(1, 50))),
+    Case(
+        "text-rows",
+        _simple(2, 6, 6, 13, 158, 17, causal=True, columns=(11, 139), reduce=("sum", "max")),
+    ),
+    Case(
+        "window-gqa",
+        _simple(2, 8, 2, 16, 300, 64, causal=True, columns=(0, 284), heads="group", pool=5),
+    ),
+    Case("window-per-head", _simple(2, 8, 2, 5, 90, 20, heads="none", reduce=("max",), pool=9)),
+    Case("all-rows", _simple(1, 2, 1, 130, 130, 8, causal=True)),
+    Case("group-of-three", _simple(2, 6, 2, 1, 65, 40, heads="group", reduce="max")),
+    Case("few-rows", _simple(2, 4, 2, 2, 261, 9, reduce=("sum", "max"))),
+    Case("one-key", _simple(2, 2, 2, 3, 1, 3)),
+    Case("no-columns", _simple(2, 2, 1, 3, 20, 8, columns=(7, 7), pool=3)),
+    Case("deep", _simple(1, 3, 1, 7, 70, 300, pool=101)),
+    Case("long", _simple(1, 4, 2, 3, 3000, 8, reduce=("sum", "max"), pool=1023)),
+    Case("many-heads", _simple(2, 67, 1, 5, 300, 8, heads="group", reduce=("sum", "max"))),
+    Case("positions", _positioned),
+    Case("padded", _padded),
+    Case("lse", _given_lse),
+    Case("unseen-nan", _unseen_nan),
+    Case("large-logits", _large_logits),
+    Case("split-heads", _split_heads),
+    Case(
+        "text rows L=640 H=32 R=29",
+        _simple(1, 32, 32, 29, 640, 128, causal=True, reduce=("sum", "max")),
+        ("bench",),
+    ),
+    Case(
+        "text rows L=2944 H=32 R=29",
+        _simple(1, 32, 32, 29, 2944, 128, causal=True, reduce=("sum", "max")),
+        ("bench",),
+    ),
+    Case(
+        "snapkv w=64 H=32/8 S=8192",
+        _simple(1, 32, 8, 64, 8192, 128, causal=True, columns=(0, 8128), heads="group", pool=5),
+        ("bench",),
+    ),
+    Case("class token B=16 16x577", _simple(16, 16, 16, 1, 577, 64, columns=(1, 577)), ("bench",)),
+]
+
+
+def cost(kwargs: dict[str, Any]) -> tuple[float, float]:
+    query, key = kwargs["query"], kwargs["key"]
+    columns = kwargs.get("columns") or (0, key.shape[2])
+    results = 1 + (len(kwargs.get("reduce", ())) > 1)
+    outputs = {"mean": 1, "group": key.shape[1], "none": query.shape[1]}[
+        kwargs.get("heads", "mean")
+    ]
+    moved = (query.numel() + key.numel()) * query.element_size()
+    moved += 4 * results * query.shape[0] * outputs * (columns[1] - columns[0])
+    return moved, 2 * query.numel() * key.shape[2]
+
+
+BAD: list[Bad] = [
+    (
+        lambda kw: {"query": kw["query"][0]},
+        ValueError,
+        "score_attention: query: allowed 4 dimensions",
+    ),
+    (
+        lambda kw: {"query": kw["query"][:, :, :0]},
+        ValueError,
+        "score_attention: query: allowed .B, H, R, D. with",
+    ),
+    (
+        lambda kw: {"query": kw["query"][:, :3]},
+        ValueError,
+        "score_attention: key: allowed .3, G, N, 32. with N",
+    ),
+    (
+        lambda kw: {"query": kw["query"].long()},
+        TypeError,
+        "score_attention: query: allowed a tensor of float32",
+    ),
+    (
+        lambda kw: {"query": kw["query"].double(), "key": kw["key"].double()},
+        TypeError,
+        'backend="reference"',
+    ),
+    (
+        lambda kw: {"key": kw["key"].half()},
+        TypeError,
+        "score_attention: key: allowed the dtype of query .float32., got float16",
+    ),
+    (
+        lambda kw: {"key": kw["key"][..., :31]},
+        ValueError,
+        "score_attention: key: allowed .3, G, N, 32.",
+    ),
+    (
+        lambda kw: {"key": kw["key"][:, :, :0]},
+        ValueError,
+        "score_attention: key: allowed .3, G, N, 32.",
+    ),
+    (lambda kw: {"scale": "big"}, TypeError, "score_attention: scale: allowed a number"),
+    (lambda kw: {"causal": 1}, TypeError, "score_attention: causal: allowed True, False, got 1"),
+    (
+        lambda kw: {"query_positions": torch.zeros(3, 1).long()},
+        ValueError,
+        "query_positions: allowed None without causal",
+    ),
+    (
+        lambda kw: {"causal": True, "query_positions": torch.zeros(3, 2).long()},
+        ValueError,
+        "query_positions: allowed shape .3, 1.",
+    ),
+    (
+        lambda kw: {"causal": True, "query_positions": torch.full((3, 1), -2)},
+        ValueError,
+        "key_lengths, query_positions: allowed 0 … N and at least -1",
+    ),
+    (
+        lambda kw: {"key_lengths": torch.tensor([50, 51, 0])},
+        ValueError,
+        "key_lengths, query_positions: allowed 0 … N",
+    ),
+    (
+        lambda kw: {"key_lengths": torch.ones(3)},
+        TypeError,
+        "key_lengths: allowed a tensor of int64, int32",
+    ),
+    (lambda kw: {"lse": torch.ones(3, 4)}, ValueError, "lse: allowed shape .3, 4, 1."),
+    (lambda kw: {"row_weights": torch.ones(1)}, ValueError, "row_weights: allowed shape .3, 1."),
+    (lambda kw: {"columns": 5}, ValueError, "columns: allowed a pair"),
+    (lambda kw: {"columns": (0, 51)}, ValueError, "columns: allowed 0 … 50, got 51"),
+    (lambda kw: {"columns": (9, 8)}, ValueError, "columns: allowed 0 … 8, got 9"),
+    (lambda kw: {"heads": "all"}, ValueError, "heads: allowed 'mean', 'group', 'none'"),
+    (lambda kw: {"reduce": ()}, ValueError, "reduce: allowed"),
+    (lambda kw: {"reduce": ("max", "sum")}, ValueError, "reduce: allowed"),
+    (lambda kw: {"pool": 4}, ValueError, "pool: allowed an odd number, got 4"),
+    (lambda kw: {"pool": 0}, ValueError, "pool: allowed 1"),
+]
