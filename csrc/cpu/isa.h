@@ -4,22 +4,17 @@
 
 #include "tokenkernels.h"
 
-// X(op, Params): defines Status op(const Params&, const Pool&) and int64_t op_scratch(const Params&, int threads) per namespace.
-// Those that multiply pairs of bfloat16 where the processor can are compiled once more, for AVX512_BF16.
+// X(op, Params): defines Status op(const Params&, const Pool&) and int64_t op_scratch(const Params&,
+// int threads) per namespace. Those that multiply pairs of bfloat16 where the processor can are
+// compiled once more, for AVX512_BF16.
 #define TK_PAIR_KERNELS(X) \
-  X(aggregate_soft, AggregateSoft) \
-  X(aggregate_soft_backward, AggregateSoftBackward) \
-  X(aggregate_logits, AggregateLogits) \
-  X(aggregate_logits_backward, AggregateLogitsBackward)
-
-#define TK_PLAIN_KERNELS(X) \
-  X(gather_topk_select, GatherTopk) \
-#define TK_CPU_KERNELS(X) \
-  X(accumulate_codes, AccumulateCodes) \
   X(aggregate_logits, AggregateLogits) \
   X(aggregate_logits_backward, AggregateLogitsBackward) \
   X(aggregate_soft, AggregateSoft) \
-  X(aggregate_soft_backward, AggregateSoftBackward) \
+  X(aggregate_soft_backward, AggregateSoftBackward)
+
+#define TK_PLAIN_KERNELS(X) \
+  X(accumulate_codes, AccumulateCodes) \
   X(assign_nearest, AssignNearest) \
   X(assign_residual, AssignResidual) \
   X(compact_kv, CompactKv) \
@@ -30,6 +25,8 @@
   X(merge_backward, MergeBackward) \
   X(merge_runs, MergeRuns) \
   X(score_attention, ScoreAttention)
+
+#define TK_CPU_KERNELS(X) TK_PAIR_KERNELS(X) TK_PLAIN_KERNELS(X)
 
 namespace tk {
 
