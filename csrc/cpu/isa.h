@@ -13,8 +13,6 @@
   X(aggregate_logits_backward, AggregateLogitsBackward)
 
 #define TK_PLAIN_KERNELS(X) \
-  X(gather_topk_select, GatherTopk) \
-#define TK_CPU_KERNELS(X) \
   X(compact_kv, CompactKv) \
   X(gather_topk, GatherTopk) \
   X(gather_topk_backward, GatherTopkBackward) \
