@@ -1,6 +1,6 @@
 // The whole C++ API of the CPU core: one plain struct per op, filled by a binding, read by a kernel.
 //
-// A binding checks, allocates the outputs and `<op>_scratch` bytes, and calls `<op>(params, pool)` once. The kernel allocates nothing
+// A binding checks, allocates the outputs and `<op>_scratch` bytes, and calls `<op>(params, pool)`. The kernel allocates nothing
 // and owns no thread: it lends out ranges through `Pool`. Strides count elements; the last dimension of a token tensor is
 // contiguous. Letters: B batch, P prefix tokens, N tokens in, M tokens out, C channels, H heads, D head dim, K codes, L layers.
 #pragma once
@@ -25,15 +25,104 @@ enum class Status : int32_t { kOk, kBadValue };
 const char* instruction_set();
 bool set_instruction_set(const char* name);
 
-// gather_topk: the k best of N scores per image, and their rows of every tensor, in one call. Rows are bytes.
+// gather_topk: the best tokens of every image, and their rows of every tensor. First select, then (the outputs can be allocated now,
+// their sizes being known) gather. Rows move as bytes.
 struct GatherTopk {
-  struct Rows {
-    const void* from;                 // (B, P+N, row_bytes)
-    void* to;                         // dense: (B, P+k+fused, row_bytes); ragged: (total, row_bytes)
+  static constexpr int kMaxTensors = 16;
+  struct Tensor {
+    const void* from;                    // (B, P+N, row_bytes)
+    void* to;                            // (offsets[B], row_bytes)
     int64_t batch_stride, token_stride;  // of `from`, in bytes
     int64_t row_bytes;
+    DType dtype;  // read only where rows are fused
   };
-  static constexpr int kMaxTensors = 16;
+  const void* scores;  // (B, N)
+  DType scores_dtype;
+  int64_t scores_batch_stride, scores_token_stride;
+  const bool* keep;  // (B, N) or null: tokens that come first, whatever their score
+  int64_t keep_batch_stride, keep_token_stride;
+  int64_t batch, tokens, prefix;
+  const int64_t* budgets;  // (B), each 0…N; null where a threshold decides
+  float threshold;         // every token with score ≥ threshold
+  bool by_score;           // descending score instead of ascending index
+  enum class Fuse : int32_t { kNone, kSum, kMean } fuse;  // one more row: the score-weighted sum or mean of the dropped rows
+  int64_t* selected;  // (B, N): written by select; row b holds the chosen tokens of image b, the rest of it nothing
+  int64_t* index;     // (total): the chosen tokens of all images, packed
+  int64_t* offsets;   // (B+1): the first output row of every image (prefix, chosen and fused rows counted)
+  Tensor tensors[kMaxTensors];
+  int tensor_count;
+  void* scratch;
+};
+Status gather_topk_select(const GatherTopk& params, const Pool& pool);
+int64_t gather_topk_select_scratch(const GatherTopk& params, int threads);
+Status gather_topk(const GatherTopk& params, const Pool& pool);
+int64_t gather_topk_scratch(const GatherTopk& params, int threads);
+
+// gather_topk_backward: the rows of the gradient back where they came from, zeros for the others; with a fused row its share of both.
+struct GatherTopkBackward {
+  struct Tensor {
+    const void* from;  // (offsets[B], C): gradient of the output, contiguous
+    void* to;          // (B, P+N, C): gradient of the input, contiguous
+    const void* x;     // (B, P+N, C): the input itself, read only where rows are fused
+    int64_t x_batch_stride, x_token_stride;
+    int64_t channels;
+    DType dtype;
+  };
+  const int64_t* index;    // (total)
+  const int64_t* offsets;  // (B+1)
+  const void* scores;      // (B, N), with fuse
+  DType scores_dtype;
+  int64_t scores_batch_stride, scores_token_stride;
+  float* scores_gradient;  // (B, N) contiguous, with fuse
+  int64_t batch, tokens, prefix;
+  GatherTopk::Fuse fuse;
+  Tensor tensors[GatherTopk::kMaxTensors];
+  int tensor_count;
+  void* scratch;
+};
+Status gather_topk_backward(const GatherTopkBackward& params, const Pool& pool);
+int64_t gather_topk_backward_scratch(const GatherTopkBackward& params, int threads);
+
+// One value per token of every image: element (b, n) at data[b * batch_stride + n * token_stride]; null: absent.
+template <class T>
+struct PerToken {
+  const T* data;
+  int64_t batch_stride, token_stride;
+};
+
+// One matrix per image, its rows contiguous: element (b, i, j) at data[b * batch_stride + i * row_stride + j].
+struct Matrices {
+  const void* data;
+  int64_t batch_stride, row_stride;
+};
+
+// aggregate_soft: out[b, m] = sum over n of softmax_n(scale · <query[b, m], key[b, n]> + bias[b, n]) · value[b, n].
+struct AggregateSoft {
+  DType dtype;  // of query, key, value, out
+  int64_t B, M, N, E, C;
+  Matrices query;             // (B, M, E); batch stride 0: shared by all images
+  Matrices key;               // (B, N, E)
+  Matrices value;             // (B, N, C)
+  PerToken<float> bias;       // (B, N)
+  PerToken<bool> mask;        // (B, N), true where a token takes part
+  float scale;
+  const float* scale_tensor;  // one number in place of `scale`, or null
+  void* scratch;
+  void* out;                  // (B, M, C)
+  float* lse;                 // (B, M): logarithm of the sum of exponentials of a slot, −inf where no token takes part
+  float* weights;             // (B, N, M), the softmax itself, or null
+};
+
+// aggregate_logits: the same with given logits.
+struct AggregateLogits {
+  DType dtype;  // of logits, value, out
+  int64_t B, M, N, C;
+  Matrices logits;      // (B, N, M)
+  Matrices value;       // (B, N, C)
+  PerToken<bool> mask;  // (B, N)
+  void* scratch;
+  void* out;            // (B, M, C)
+  float* lse;           // (B, M)
 };
 
 // slim_tokens: softmax over the tokens of scale · GELU(LN(x) · w1ᵀ + b1) · w2ᵀ, applied to x. H is the hidden width of the projection.

@@ -6,6 +6,7 @@
 
 // X(op, Params): defines Status op(const Params&, const Pool&) and int64_t op_scratch(const Params&, int threads) per namespace.
 #define TK_CPU_KERNELS(X) \
+  X(gather_topk_select, GatherTopk) \
   X(gather_topk, GatherTopk) \
   X(gather_topk_backward, GatherTopkBackward)
 

@@ -39,7 +39,8 @@ TK_INLINE T larger(T a, T b) {
 
 TK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-TK_INLINE Floats splat(float value) { return Floats{} + value; }
+// Subtracting zero keeps every bit and folds into a broadcast; adding zero does not (−0).
+TK_INLINE Floats splat(float value) { return value - Floats{}; }
 
 TK_INLINE Ints splat_int(int32_t value) { return Ints{} + value; }
 

@@ -1,0 +1,196 @@
+// What the soft aggregations share: blocks, scratch, the softmax of a block of tokens, and the weighted sum of the values.
+//
+// Scores lie as (tokens, slots): the softmax runs down the tokens, so every slot keeps its own lane and nothing is ever reduced across lanes;
+// and the same block, read by columns, is the left side of weights · values.
+#pragma once
+
+#include "cpu/gemm.h"
+
+namespace tk::TK_ISA {
+namespace {
+
+constexpr int64_t kSlotBlock = 256;
+constexpr float kNegativeInfinity = -__builtin_inff();
+
+// Equal blocks of at most `most`: a function of the count alone, so that a batch never changes a summation order.
+TK_INLINE int64_t block_size(int64_t count, int64_t most) {
+  return count <= most ? larger<int64_t>(count, 1) : ceil_div(count, ceil_div(count, most));
+}
+
+// Hands out consecutive pieces of the scratch, each aligned to a cache line; with a null base it only counts.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+
+  float* floats(int64_t count) {
+    char* piece = base + used;
+    used += ceil_div(count * 4, 64) * 64;
+    return reinterpret_cast<float*>(piece);
+  }
+};
+
+// `workers` threads take the tasks one by one: body(task, worker). Which worker meets which task changes no result.
+template <class Body>
+TK_INLINE void share_tasks(const Pool& pool, int64_t tasks, int64_t workers, const Body& body) {
+  int64_t next = 0;
+  parallel_for(pool, smaller(tasks, workers), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (;;) {
+        const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+        if (task >= tasks) break;
+        body(task, worker);
+      }
+    }
+  });
+}
+
+struct Whole {};
+struct Part {
+  int count;
+};
+template <class T>
+TK_INLINE Floats load(const T* from, Whole) { return load(from); }
+template <class T>
+TK_INLINE Floats load(const T* from, Part part) { return load(from, part.count); }
+template <class T>
+TK_INLINE void store(T* to, Floats value, Whole) { store(to, value); }
+template <class T>
+TK_INLINE void store(T* to, Floats value, Part part) { store(to, value, part.count); }
+
+// body(i, Whole or Part) for each vector of a row of `count` elements.
+template <class Body>
+TK_INLINE void each_vector(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) body(i, Whole{});
+  if (i < count) body(i, Part{static_cast<int>(count - i)});
+}
+
+TK_INLINE void fill(float* to, int64_t count, float value) {
+  each_vector(count, [&](int64_t i, auto part) { store(to + i, splat(value), part); });
+}
+
+// Bias and mask of one image's tokens from `first` on, and the scale.
+struct Terms {
+  float scale;
+  const float* bias;
+  int64_t bias_stride;
+  const bool* mask;
+  int64_t mask_stride;
+
+  float added(int64_t token) const { return bias ? bias[token * bias_stride] : 0.0f; }
+  bool hidden(int64_t token) const { return mask && !mask[token * mask_stride]; }
+};
+
+TK_INLINE Terms terms_at(float scale, const PerToken<float>& bias, const PerToken<bool>& mask, int64_t image,
+                         int64_t first) {
+  return {scale, bias.data ? bias.data + image * bias.batch_stride + first * bias.token_stride : nullptr,
+          bias.token_stride,
+          mask.data ? mask.data + image * mask.batch_stride + first * mask.token_stride : nullptr, mask.token_stride};
+}
+
+template <class T>
+TK_INLINE const T* rows_of(const Matrices& from, int64_t image, int64_t row) {
+  return static_cast<const T*>(from.data) + image * from.batch_stride + row * from.row_stride;
+}
+
+// The state of a softmax that sees its tokens block by block, one entry per slot.
+struct Running {
+  float* maximum;
+  float* total;
+  float* factor;  // what the sums made so far must be multiplied by
+};
+
+// scores[tokens, slots] becomes exp(scale · score + bias − maximum), zero for hidden tokens; `running` takes the block in.
+inline void soften(float* scores, int64_t stride, int64_t tokens, int64_t slots, const Terms& terms,
+                   const Running& running) {
+  float* const before = running.factor;
+  each_vector(slots, [&](int64_t m, auto part) { store(before + m, load(running.maximum + m, part), part); });
+  for (int64_t n = 0; n < tokens; ++n) {
+    if (terms.hidden(n)) continue;
+    const float added = terms.added(n);
+    each_vector(slots, [&](int64_t m, auto part) {
+      const Floats score = load(scores + n * stride + m, part) * terms.scale + added;
+      store(running.maximum + m, max(load(running.maximum + m, part), score), part);
+    });
+  }
+  each_vector(slots, [&](int64_t m, auto part) {
+    const Floats maximum = load(running.maximum + m, part);
+    const Floats safe = select(maximum == kNegativeInfinity, splat(0.0f), maximum);
+    const Floats factor = exp(load(before + m, part) - safe);
+    store(running.factor + m, factor, part);
+    store(running.total + m, load(running.total + m, part) * factor, part);
+  });
+  for (int64_t n = 0; n < tokens; ++n) {
+    if (terms.hidden(n)) {
+      fill(scores + n * stride, slots, 0.0f);
+      continue;
+    }
+    const float added = terms.added(n);
+    each_vector(slots, [&](int64_t m, auto part) {
+      const Floats maximum = load(running.maximum + m, part);
+      const Floats safe = select(maximum == kNegativeInfinity, splat(0.0f), maximum);
+      const Floats weight = exp(load(scores + n * stride + m, part) * terms.scale + added - safe);
+      store(scores + n * stride + m, weight, part);
+      store(running.total + m, load(running.total + m, part) + weight, part);
+    });
+  }
+}
+
+// A panel of the value (or key) rows of one block; hidden tokens count as zero, whatever they hold.
+template <class T>
+TK_INLINE void pack_tokens(const T* from, int64_t row_stride, int64_t tokens, int64_t cols, const Terms& terms,
+                           float* panel) {
+  pack_panel(from, row_stride, tokens, cols, panel);
+  if (!terms.mask) return;
+  for (int64_t n = 0; n < tokens; ++n) {
+    if (terms.hidden(n)) fill(panel + n * kTileCols, kTileCols, 0.0f);
+  }
+}
+
+// sums[slots, channels] = (factor · sums if not the first block) + weightsᵀ · values.
+template <class T>
+void add_values(const float* weights, int64_t stride, const T* values, int64_t row_stride, int64_t tokens,
+                int64_t slots, int64_t channels, const Terms& terms, const Running& running, bool first, float* sums,
+                float* panel) {
+  for (int64_t m = 0; m < slots && !first; ++m) {
+    if (running.factor[m] == 1.0f) continue;
+    float* row = sums + m * channels;
+    each_vector(channels, [&](int64_t c, auto part) {
+      store(row + c, load(row + c, part) * running.factor[m], part);
+    });
+  }
+  for (int64_t c = 0; c < channels; c += kTileCols) {
+    const int64_t cols = smaller<int64_t>(channels - c, kTileCols);
+    pack_tokens(values + c, row_stride, tokens, cols, terms, panel);
+    multiply_panel({weights, 1, stride}, panel, slots, cols, tokens, sums + c, channels, !first);
+  }
+}
+
+// out = sums / total, zeros for a slot that no token reaches, and the logarithm of the total.
+template <class T>
+void finish(const float* sums, const Running& running, int64_t slots, int64_t channels, T* out, float* lse) {
+  for (int64_t m = 0; m < slots; ++m) {
+    const float total = running.total[m];
+    const bool empty = total == 0.0f;
+    lse[m] = empty ? kNegativeInfinity : running.maximum[m] + __builtin_logf(total);
+    const float inverse = 1.0f / total;
+    each_vector(channels, [&](int64_t c, auto part) {
+      const Floats value = empty ? splat(0.0f) : load(sums + m * channels + c, part) * inverse;
+      store(out + m * channels + c, value, part);
+    });
+  }
+}
+
+// How the slots of an image are split into tasks: few parts, because each packs the values again, but enough for every thread.
+TK_INLINE int64_t slot_parts(int64_t images, int64_t slots, int64_t threads) {
+  const int64_t most = ceil_div(slots, kTileCols);
+  int64_t parts = ceil_div(slots, kSlotBlock);
+  while (parts < smaller<int64_t>(most, 4 * threads) &&
+         ceil_div(images * parts, threads) * threads * 4 > images * parts * 5) {
+    ++parts;
+  }
+  return larger<int64_t>(parts, 1);
+}
+
+}  // namespace
+}  // namespace tk::TK_ISA

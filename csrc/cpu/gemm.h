@@ -1,0 +1,248 @@
+// Small matrix products in float32 for one core: C[rows, cols] (+)= A[rows, depth] · B[depth, cols], by register tiles over packed panels of B.
+//
+// A is read in place (float32, one of its two strides is 1); B is packed once by `pack`, which also widens halves and transposes.
+// Every element of C is one chain of multiply-adds in ascending depth, whatever tile it falls into, so splitting rows or columns
+// between tasks changes no bit.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace tk::TK_ISA {
+namespace {
+
+constexpr int kTileVectors = 2;
+constexpr int kTileCols = kTileVectors * kLanes;
+constexpr int kTileRows = kLanes == 16 ? 12 : 6;  // accumulators: 24 of 32 registers, or 12 of 16
+constexpr int64_t kDepthBlock = 256;              // one panel block of B: 32 KiB with the widest vectors, the first-level cache
+
+// Element (i, k) of A: data[i * row_stride + k * depth_stride]; one of the strides is 1.
+struct Left {
+  const float* data;
+  int64_t row_stride;
+  int64_t depth_stride;
+};
+
+// Floats that `pack` writes for B[depth, cols]: whole panels, one behind the other.
+TK_INLINE int64_t packed_size(int64_t depth, int64_t cols) { return ceil_div(cols, kTileCols) * kTileCols * depth; }
+
+// One panel, B's rows contiguous: from[k * depth_stride + n], cols ≤ kTileCols; zeros beyond cols.
+template <class T>
+void pack_panel(const T* from, int64_t depth_stride, int64_t depth, int64_t cols, float* to) {
+  const int first_cols = static_cast<int>(smaller<int64_t>(cols, kLanes));
+  const int second_cols = static_cast<int>(cols) - first_cols;
+  if (cols == kTileCols) {
+    for (int64_t k = 0; k < depth; ++k) {
+      store(to + k * kTileCols, load(from + k * depth_stride));
+      store(to + k * kTileCols + kLanes, load(from + k * depth_stride + kLanes));
+    }
+    return;
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    store(to + k * kTileCols, load(from + k * depth_stride, first_cols));
+    store(to + k * kTileCols + kLanes,
+          second_cols > 0 ? load(from + k * depth_stride + kLanes, second_cols) : splat(0.0f));
+  }
+}
+
+// Turns a square of kLanes vectors around its diagonal: log2(kLanes) rounds of pairwise exchange.
+TK_INLINE void transpose(Floats (&rows)[kLanes]) {
+#pragma GCC unroll 4
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    Ints low{}, high{};
+    for (int i = 0; i < kLanes; ++i) {
+      const bool upper = (i & width) != 0;
+      low[i] = upper ? kLanes + (i ^ width) : i;
+      high[i] = upper ? kLanes + i : i ^ width;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if ((i & width) == 0) {
+        const Floats a = rows[i], b = rows[i + width];
+        rows[i] = __builtin_shuffle(a, b, low);
+        rows[i + width] = __builtin_shuffle(a, b, high);
+      }
+    }
+  }
+}
+
+// One panel, B's columns contiguous: from[n * col_stride + k], cols ≤ kTileCols; zeros beyond cols.
+template <class T>
+void pack_panel_transposed(const T* from, int64_t col_stride, int64_t depth, int64_t cols, float* to) {
+  for (int64_t k = 0; k < depth; k += kLanes) {
+    const int count = static_cast<int>(smaller<int64_t>(depth - k, kLanes));
+    for (int part = 0; part < kTileVectors; ++part) {
+      Floats square[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t n = part * kLanes + i;
+        const T* row = from + n * col_stride + k;
+        square[i] = n >= cols ? splat(0.0f) : count == kLanes ? load(row) : load(row, count);
+      }
+      transpose(square);
+      float* out = to + k * kTileCols + part * kLanes;
+      if (count == kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(out + i * kTileCols, square[i]);
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          if (i < count) store(out + i * kTileCols, square[i]);
+        }
+      }
+    }
+  }
+}
+
+// Packs B[depth, cols]: element (k, n) at from[k * depth_stride + n * col_stride], where one of the strides is 1.
+template <class T>
+void pack(const T* from, int64_t depth_stride, int64_t col_stride, int64_t depth, int64_t cols, float* to) {
+  for (int64_t n = 0; n < cols; n += kTileCols, to += depth * kTileCols) {
+    const int64_t count = smaller<int64_t>(cols - n, kTileCols);
+    if (col_stride == 1) {
+      pack_panel(from + n, depth_stride, depth, count, to);
+    } else {
+      pack_panel_transposed(from + n * col_stride, col_stride, depth, count, to);
+    }
+  }
+}
+
+// Widens rows of halves to float32, so that they can stand on the left of a product.
+template <class T>
+void widen_rows(const T* from, int64_t from_stride, int64_t rows, int64_t cols, float* to, int64_t to_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* row = from + i * from_stride;
+    float* out = to + i * to_stride;
+    int64_t c = 0;
+    for (; c + kLanes <= cols; c += kLanes) store(out + c, load(row + c));
+    if (c < cols) {
+      const int count = static_cast<int>(cols - c);
+      store(out + c, load(row + c, count), count);
+    }
+  }
+}
+
+// Rows × Vectors vectors of C. `Contiguous` says that A's rows are (depth stride 1); otherwise its columns are (row stride 1).
+template <int Rows, int Vectors, bool Contiguous>
+void tile(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride, int64_t cols,
+          bool accumulate) {
+  Floats sums[Rows][Vectors];
+  const int tail = static_cast<int>(cols) - (Vectors - 1) * kLanes;
+#pragma GCC unroll 12
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) {
+      if (!accumulate) {
+        sums[i][v] = splat(0.0f);
+      } else if (v + 1 == Vectors && tail < kLanes) {
+        sums[i][v] = load(c + i * c_stride + v * kLanes, tail);
+      } else {
+        sums[i][v] = load(c + i * c_stride + v * kLanes);
+      }
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Floats right[Vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) right[v] = load(b + k * kTileCols + v * kLanes);
+#pragma GCC unroll 12
+    for (int i = 0; i < Rows; ++i) {
+      const Floats left = splat(Contiguous ? a[i * a_stride + k] : a[k * a_stride + i]);
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) sums[i][v] += left * right[v];
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) {
+      if (v + 1 == Vectors && tail < kLanes) {
+        store(c + i * c_stride + v * kLanes, sums[i][v], tail);
+      } else {
+        store(c + i * c_stride + v * kLanes, sums[i][v]);
+      }
+    }
+  }
+}
+
+using Tile = void (*)(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride,
+                      int64_t cols, bool accumulate);
+
+template <int Vectors, bool Contiguous>
+TK_INLINE Tile tile_of(int64_t rows) {
+  switch (rows) {
+    case 1: return tile<1, Vectors, Contiguous>;
+    case 2: return tile<2, Vectors, Contiguous>;
+    case 3: return tile<3, Vectors, Contiguous>;
+    case 4: return tile<4, Vectors, Contiguous>;
+    case 5: return tile<5, Vectors, Contiguous>;
+    case 6: return tile<6, Vectors, Contiguous>;
+#if defined(__AVX512F__)
+    case 7: return tile<7, Vectors, Contiguous>;
+    case 8: return tile<8, Vectors, Contiguous>;
+    case 9: return tile<9, Vectors, Contiguous>;
+    case 10: return tile<10, Vectors, Contiguous>;
+    case 11: return tile<11, Vectors, Contiguous>;
+    case 12: return tile<12, Vectors, Contiguous>;
+#endif
+  }
+  return nullptr;
+}
+
+TK_INLINE Tile tile_of(int64_t rows, int64_t cols, bool contiguous) {
+  if (cols <= kLanes) return contiguous ? tile_of<1, true>(rows) : tile_of<1, false>(rows);
+  return contiguous ? tile_of<2, true>(rows) : tile_of<2, false>(rows);
+}
+
+// One panel of C: cols ≤ kTileCols, `packed` points at this panel and depth block.
+inline void multiply_panel(const Left& a, const float* packed, int64_t rows, int64_t cols, int64_t depth, float* c,
+                           int64_t c_stride, bool accumulate) {
+  const bool contiguous = a.depth_stride == 1;
+  const int64_t a_stride = contiguous ? a.row_stride : a.depth_stride;
+  const int64_t tiles = ceil_div(rows, kTileRows);
+  const int64_t height = tiles > 0 ? ceil_div(rows, tiles) : 1;
+  const Tile whole = tile_of(height, cols, contiguous);
+  int64_t i = 0;
+  for (; i + height <= rows; i += height) {
+    whole(a.data + i * a.row_stride, a_stride, packed, depth, c + i * c_stride, c_stride, cols, accumulate);
+  }
+  if (i < rows) {
+    tile_of(rows - i, cols, contiguous)(a.data + i * a.row_stride, a_stride, packed, depth, c + i * c_stride, c_stride,
+                                        cols, accumulate);
+  }
+}
+
+// C[rows, cols] (+)= A · B, `packed` being all of B as `pack` leaves it.
+inline void multiply(const Left& a, const float* packed, int64_t rows, int64_t cols, int64_t depth, float* c,
+                     int64_t c_stride, bool accumulate) {
+  for (int64_t k = 0; k == 0 || k < depth; k += kDepthBlock) {
+    const int64_t block = smaller(depth - k, kDepthBlock);
+    const Left part = {a.data + k * a.depth_stride, a.row_stride, a.depth_stride};
+    for (int64_t n = 0; n < cols; n += kTileCols) {
+      multiply_panel(part, packed + n * depth + k * kTileCols, rows, smaller<int64_t>(cols - n, kTileCols), block, c + n,
+                     c_stride, accumulate || k > 0);
+    }
+  }
+}
+
+// The same with rows of any number type on the left, contiguous along the depth; `stage` holds rows × kDepthBlock floats and is used for
+// halves only.
+template <class T>
+void multiply_rows(const T* from, int64_t from_stride, const float* packed, int64_t rows, int64_t cols, int64_t depth,
+                   float* c, int64_t c_stride, bool accumulate, float* stage) {
+  for (int64_t k = 0; k == 0 || k < depth; k += kDepthBlock) {
+    const int64_t block = smaller(depth - k, kDepthBlock);
+    widen_rows(from + k, from_stride, rows, block, stage, kDepthBlock);
+    for (int64_t n = 0; n < cols; n += kTileCols) {
+      multiply_panel({stage, kDepthBlock, 1}, packed + n * depth + k * kTileCols, rows,
+                     smaller<int64_t>(cols - n, kTileCols), block, c + n, c_stride, accumulate || k > 0);
+    }
+  }
+}
+
+inline void multiply_rows(const float* from, int64_t from_stride, const float* packed, int64_t rows, int64_t cols,
+                          int64_t depth, float* c, int64_t c_stride, bool accumulate, float*) {
+  multiply({from, from_stride, 1}, packed, rows, cols, depth, c, c_stride, accumulate);
+}
+
+}  // namespace
+}  // namespace tk::TK_ISA

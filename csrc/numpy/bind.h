@@ -1,0 +1,76 @@
+// What every NumPy binding needs: arrays as plain pointers and strides, fresh outputs, a few threads.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "tokenkernels.h"
+
+namespace tk::bind {
+
+namespace py = pybind11;
+using py::array;
+
+inline void check(bool good, const char* op, const std::string& message) {
+  if (!good) throw py::value_error(std::string(op) + ": " + message);
+}
+
+inline void check(Status status, const char* op, const std::string& message) {
+  check(status == Status::kOk, op, message);
+}
+
+// float32, float16, and ml_dtypes' bfloat16, which NumPy knows as a two-byte type of kind 'V'.
+inline DType dtype_of(const array& a, const char* op) {
+  const char kind = a.dtype().kind();
+  if (kind == 'f' && a.itemsize() == 4) return DType::kFloat32;
+  if (kind == 'f' && a.itemsize() == 2) return DType::kFloat16;
+  if (kind == 'V' && a.itemsize() == 2) return DType::kBFloat16;
+  throw py::type_error(std::string(op) + ": dtype: allowed float32, float16, bfloat16 (ml_dtypes), got " +
+                       py::str(a.dtype()).cast<std::string>());
+}
+
+// A stride in elements; kernels never take steps that are no whole number of them.
+inline int64_t stride_of(const array& a, int axis) { return a.strides(axis) / a.itemsize(); }
+
+// A C-ordered copy, where rows are not contiguous or not aligned to their elements.
+inline array rows_contiguous(const array& a) {
+  bool good = a.ndim() == 0 || a.shape(a.ndim() - 1) <= 1 || a.strides(a.ndim() - 1) == a.itemsize();
+  for (int axis = 0; axis < a.ndim(); ++axis) good = good && a.strides(axis) % a.itemsize() == 0;
+  return good ? a : array::ensure(a, array::c_style);
+}
+
+inline array empty(std::vector<py::ssize_t> shape, const py::dtype& dtype) { return array(dtype, std::move(shape)); }
+
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : bytes_(static_cast<size_t>(bytes > 0 ? bytes + 64 : 0)) {}
+  void* data() {
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(bytes_.data()) + 63) & ~uintptr_t{63});
+  }
+
+ private:
+  std::vector<char> bytes_;
+};
+
+// Threads of this call only. Ranges below one grain run in the caller.
+inline Pool pool() {
+  static const int kThreads = std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, 16);
+  return {[](int64_t count, int64_t grain, Pool::Body body, const void* context) {
+            const int64_t parts = std::min<int64_t>(kThreads, (count + grain - 1) / grain);
+            std::vector<std::thread> others;
+            for (int64_t part = 1; part < parts; ++part) {
+              others.emplace_back(body, context, count * part / parts, count * (part + 1) / parts);
+            }
+            body(context, 0, count / std::max<int64_t>(parts, 1));
+            for (std::thread& other : others) other.join();
+          },
+          kThreads};
+}
+
+}  // namespace tk::bind

@@ -1,0 +1,12 @@
+// The NumPy module: pybind11 over the CPU core, and what the build contains.
+#include "numpy/bind.h"
+
+namespace tk::bind {
+void bind_gather_topk(py::module_& m);
+}  // namespace tk::bind
+
+PYBIND11_MODULE(_numpy, m) {
+  m.def("instruction_set", &tk::instruction_set);
+  m.def("set_instruction_set", &tk::set_instruction_set);
+  tk::bind::bind_gather_topk(m);
+}

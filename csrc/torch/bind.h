@@ -1,0 +1,87 @@
+// What every torch binding needs: views of tensors as plain pointers and strides, fresh outputs, errors that reach Python as words.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "tokenkernels.h"
+
+namespace tk::bind {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Memory safety only: what users do wrong is told by the Python front, in better words. "op: …" arrives there as ValueError.
+inline void check(bool good, const char* op, const std::string& message) {
+  if (!good) throw std::runtime_error(std::string(op) + ": " + message);
+}
+
+inline void check(Status status, const char* op, const std::string& message) {
+  check(status == Status::kOk, op, message);
+}
+
+inline bool is_number(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
+}
+
+inline DType dtype_of(const Tensor& tensor, const char* op) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: check(false, op, "dtype: allowed float32, float16, bfloat16 (backend=\"reference\" takes float64)");
+  }
+  return DType::kFloat32;
+}
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
+  int64_t strides[8];
+  int64_t stride = 1;
+  for (int i = static_cast<int>(sizes.size()) - 1; i >= 0; --i) {
+    strides[i] = stride;
+    const int64_t size = sizes.begin()[i];
+    stride *= size > 1 ? size : 1;
+  }
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// A copy whose last dimension is contiguous, where it was not.
+inline Tensor rows_contiguous(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.stride(last) == 1 || tensor.size(last) <= 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+// Bytes that a kernel borrows for one call.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) {
+    if (bytes > 0) tensor_ = empty({bytes + 64}, ScalarType::Byte);
+    if (bytes > 0) data_ = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(tensor_->data_ptr()) + 63) & ~uintptr_t{63});
+  }
+  void* data() const { return data_; }
+
+ private:
+  std::optional<Tensor> tensor_;
+  void* data_ = nullptr;
+};
+
+// torch's own threads.
+inline Pool pool() {
+  return {[](int64_t count, int64_t grain, Pool::Body body, const void* context) {
+            torch::stable::parallel_for(0, count, grain,
+                                        [&](int64_t begin, int64_t end) { body(context, begin, end); });
+          },
+          static_cast<int>(torch::stable::get_num_threads())};
+}
+
+}  // namespace tk::bind

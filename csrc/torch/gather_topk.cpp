@@ -1,0 +1,154 @@
+// gather_topk and its gradient for torch tensors on the CPU.
+#include "torch/bind.h"
+
+namespace tk::bind {
+namespace {
+
+using Fuse = GatherTopk::Fuse;
+
+Fuse fuse_of(const std::string& name) {
+  return name == "sum" ? Fuse::kSum : name == "mean" ? Fuse::kMean : Fuse::kNone;
+}
+
+void set_scores(const Tensor& scores, GatherTopk& p) {
+  p.scores = scores.data_ptr();
+  p.scores_dtype = dtype_of(scores, "gather_topk");
+  p.scores_batch_stride = scores.stride(0);
+  p.scores_token_stride = scores.stride(1);
+  p.batch = scores.size(0);
+  p.tokens = scores.size(1);
+}
+
+void set_keep(const std::optional<Tensor>& keep, GatherTopk& p) {
+  if (!keep) return;
+  check(keep->scalar_type() == ScalarType::Bool && keep->dim() == 2 && keep->size(0) == p.batch && keep->size(1) == p.tokens,
+        "gather_topk", "keep: allowed bool (B, N)");
+  p.keep = static_cast<const bool*>(keep->data_ptr());
+  p.keep_batch_stride = keep->stride(0);
+  p.keep_token_stride = keep->stride(1);
+}
+
+std::vector<int64_t> budgets_of(const std::vector<int64_t>& k, bool ragged, const GatherTopk& p) {
+  check(static_cast<int64_t>(k.size()) == (ragged ? p.batch : 1), "gather_topk", "k: allowed one int, or one per image");
+  std::vector<int64_t> budgets = k;
+  if (!ragged) budgets.assign(static_cast<size_t>(p.batch), k[0]);
+  for (const int64_t budget : budgets) check(budget >= 0 && budget <= p.tokens, "gather_topk", "k: allowed 0…N");
+  return budgets;
+}
+
+// (B, rows, C) where every image keeps the same number, else packed (total, C); without C where x has none.
+Tensor output_like(const Tensor& x, int64_t batch, int64_t rows, bool dense) {
+  const ScalarType type = x.scalar_type();
+  if (x.dim() == 3) return dense ? empty({batch, rows, x.size(2)}, type) : empty({rows, x.size(2)}, type);
+  return dense ? empty({batch, rows}, type) : empty({rows}, type);
+}
+
+GatherTopk::Tensor tensor_of(const Tensor& from, const Tensor& to, const GatherTopk& p) {
+  check(from.dim() >= 2 && from.size(0) == p.batch && from.size(1) == p.prefix + p.tokens, "gather_topk",
+        "x: allowed (B, P+N) or (B, P+N, C)");
+  const auto bytes = static_cast<int64_t>(from.element_size());
+  const int64_t channels = from.dim() == 3 ? from.size(2) : 1;
+  return {from.data_ptr(), to.data_ptr(),     from.stride(0) * bytes,
+          from.stride(1) * bytes, channels * bytes, p.fuse == Fuse::kNone ? DType::kFloat32 : dtype_of(from, "gather_topk")};
+}
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor> gather_topk_cpu(std::vector<Tensor> tensors, Tensor scores,
+                                                               std::optional<Tensor> keep, std::vector<int64_t> k,
+                                                               bool ragged, std::optional<double> threshold, int64_t prefix,
+                                                               std::string order, std::string fuse) {
+  check(tensors.size() <= GatherTopk::kMaxTensors, "gather_topk", "x: allowed at most 16 tensors");
+  check(scores.dim() == 2, "gather_topk", "scores: allowed (B, N)");
+  GatherTopk p{};
+  set_scores(scores, p);
+  set_keep(keep, p);
+  p.prefix = prefix;
+  p.by_score = order == "score";
+  p.fuse = fuse_of(fuse);
+  std::vector<int64_t> budgets;
+  if (!threshold) budgets = budgets_of(k, ragged, p);
+  p.budgets = threshold ? nullptr : budgets.data();
+  p.threshold = static_cast<float>(threshold.value_or(0));
+  for (Tensor& tensor : tensors) {
+    if (tensor.dim() == 3) tensor = rows_contiguous(tensor);
+  }
+  Tensor offsets = empty({p.batch + 1}, ScalarType::Long);
+  Scratch selected(p.batch * p.tokens * 8);
+  p.offsets = static_cast<int64_t*>(offsets.data_ptr());
+  p.selected = static_cast<int64_t*>(selected.data());
+  const Pool threads = pool();
+  const Scratch select_scratch(gather_topk_select_scratch(p, threads.threads));
+  p.scratch = select_scratch.data();
+  gather_topk_select(p, threads);
+
+  const bool dense = !threshold && !ragged;
+  const int64_t total = p.offsets[p.batch], extra = prefix + (p.fuse != Fuse::kNone);
+  const int64_t chosen = total - p.batch * extra, rows = dense ? extra + k[0] : total;
+  Tensor index = dense ? empty({p.batch, k[0]}, ScalarType::Long) : empty({chosen}, ScalarType::Long);
+  p.index = static_cast<int64_t*>(index.data_ptr());
+  std::vector<Tensor> outputs;
+  for (const Tensor& tensor : tensors) {
+    outputs.push_back(output_like(tensor, p.batch, rows, dense));
+    p.tensors[p.tensor_count++] = tensor_of(tensor, outputs.back(), p);
+  }
+  const Scratch scratch(gather_topk_scratch(p, threads.threads));
+  p.scratch = scratch.data();
+  gather_topk(p, threads);
+  return {outputs, index, offsets};
+}
+
+std::tuple<std::vector<Tensor>, Tensor> gather_topk_backward_cpu(std::vector<Tensor> gradients, Tensor index, Tensor offsets,
+                                                                std::vector<Tensor> tensors, Tensor scores, int64_t prefix,
+                                                                std::string fuse) {
+  const char* op = "gather_topk_backward";
+  GatherTopkBackward p{};
+  p.fuse = fuse_of(fuse);
+  const bool fused = p.fuse != Fuse::kNone, dense = index.dim() == 2;
+  check(gradients.size() <= GatherTopk::kMaxTensors && (!fused || gradients.size() == tensors.size()), op,
+        "gradients: one per tensor, at most 16");
+  p.batch = scores.size(0);
+  p.tokens = scores.size(1);
+  p.prefix = prefix;
+  check(index.is_contiguous() && offsets.is_contiguous() && offsets.numel() == p.batch + 1, op,
+        "index, offsets: those of the forward call");
+  p.index = static_cast<const int64_t*>(index.data_ptr());
+  p.offsets = static_cast<const int64_t*>(offsets.data_ptr());
+  Tensor scores_gradient = empty({fused ? p.batch : 0, fused ? p.tokens : 0}, ScalarType::Float);
+  p.scores_gradient = static_cast<float*>(scores_gradient.data_ptr());
+  p.scores = scores.data_ptr();
+  p.scores_dtype = dtype_of(scores, op);
+  p.scores_batch_stride = scores.stride(0);
+  p.scores_token_stride = scores.stride(1);
+  std::vector<Tensor> results;
+  for (size_t t = 0; t < gradients.size(); ++t) {
+    gradients[t] = torch::stable::contiguous(gradients[t]);
+    const Tensor& from = gradients[t];
+    const bool has_channels = from.dim() == (dense ? 3 : 2);
+    const int64_t channels = has_channels ? from.size(from.dim() - 1) : 1, rows = prefix + p.tokens;
+    check(from.numel() == p.offsets[p.batch] * channels, op, "gradients: shape of the output");
+    results.push_back(has_channels ? empty({p.batch, rows, channels}, from.scalar_type())
+                                   : empty({p.batch, rows}, from.scalar_type()));
+    auto& tensor = p.tensors[p.tensor_count++];
+    tensor = {from.data_ptr(), results.back().data_ptr(), nullptr, 0, 0, channels, dtype_of(from, op)};
+    if (!fused) continue;
+    if (has_channels) tensors[t] = rows_contiguous(tensors[t]);
+    const Tensor& x = tensors[t];
+    check(x.scalar_type() == from.scalar_type() && x.numel() == p.batch * rows * channels, op, "tensors: those of the forward call");
+    tensor.x = x.data_ptr();
+    tensor.x_batch_stride = x.stride(0);
+    tensor.x_token_stride = x.stride(1);
+  }
+  const Pool threads = pool();
+  const Scratch scratch(gather_topk_backward_scratch(p, threads.threads));
+  p.scratch = scratch.data();
+  gather_topk_backward(p, threads);
+  return {results, scores_gradient};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tokenkernels, CPU, m) {
+  m.impl("gather_topk", TORCH_BOX(&gather_topk_cpu));
+  m.impl("gather_topk_backward", TORCH_BOX(&gather_topk_backward_cpu));
+}
+
+}  // namespace tk::bind

@@ -1,0 +1,42 @@
+"""Builds the native parts with CMake and packages two import roots; without a compiler the package installs all the same."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """Hands the whole build to CMake: configure, build, nothing else."""
+
+    def run(self) -> None:
+        if os.environ.get("TOKENKERNELS_NATIVE", "ON").upper() == "OFF" or not shutil.which("c++"):
+            print("tokenkernels: no native build (no C++ compiler, or TOKENKERNELS_NATIVE=OFF)")
+            return
+        output = ROOT / "tokenkernels" if self.inplace else Path(self.build_lib).resolve() / "tokenkernels"
+        build = Path(os.environ.get("TOKENKERNELS_BUILD", ROOT / "build" / "cmake"))
+        configure = [
+            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DPython_EXECUTABLE={sys.executable}", f"-DTOKENKERNELS_OUTPUT={output}",
+            *os.environ.get("CMAKE_ARGS", "").split(),
+        ]  # fmt: skip
+        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        subprocess.run(configure, check=True, env=environment)
+        subprocess.run(["cmake", "--build", str(build)], check=True, env=environment)
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+
+setup(
+    packages=["tokenkernels", "tokenkernels.checks", "tokenkernels.ops", "tokenkernels.triton", "tokenmodels", "tokenmodels.sit"],
+    package_dir={"tokenkernels": "tokenkernels", "tokenmodels": "python/tokenmodels"},
+    ext_modules=[Extension("tokenkernels._torch", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

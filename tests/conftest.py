@@ -1,0 +1,28 @@
+"""What all tests share: the registry, complete; and where the golden tensors are, for those who have them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenkernels import _native, ops
+
+ops.load()
+torch.set_num_threads(2)
+
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of golden tensors; tests that read it are skipped where it is not."""
+    if not GOLDEN.exists():
+        pytest.skip("golden tensors are not here")
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def native() -> None:
+    """Tests of the shared object are skipped where it is not built."""
+    if _native.WHY_NOT:
+        pytest.skip(_native.WHY_NOT)

@@ -1,0 +1,190 @@
+"""Op, the registry, and the choice of a backend: every fact about an op is declared once and read from here."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from . import _native, checks
+from ._case import Case, Make, close
+
+__all__ = ["OPS", "Case", "Make", "Op", "autocast", "tensors_in"]
+
+LIB = torch.library.Library("tokenkernels", "DEF")
+OPS: dict[str, Op] = {}
+BACKENDS = ("native", "triton", "reference")
+DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
+DEFAULT_BACKEND = os.environ.get("TOKENKERNELS_BACKEND") or None
+
+checks.DEFAULT_BACKEND = DEFAULT_BACKEND
+checks.DTYPES.update({getattr(torch, name): name for name in checks.NAMES if hasattr(torch, name)})
+
+Bad = tuple[Callable[[dict[str, Any]], dict[str, Any]], type[Exception], str]
+_recorder: list[tuple[Any, tuple[Any, ...]]] | None = None
+
+
+def _zero_cost(kwargs: dict[str, Any]) -> tuple[float, float]:
+    return 0, 0
+
+
+@dataclass(eq=False)
+class Op:
+    """One operation: building the object defines its overloads, their shapes and their gradient.
+
+    `schema` is a torch schema without namespace. `reference` and `fake` take its arguments; `function` is the public function that
+    `cases` call by keyword (without one, cases hold the schema's arguments in order). `cost` gives the bytes and flops that a call must
+    at least move and do, `length` its longest sum, `supports` a reason per backend that cannot run it. `backward(run, ctx, *grads)` calls
+    other ops through `run(OP, *args)`, which keeps to the overload that ran forward.
+    """
+
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    cases: list[Case]
+    function: Callable[..., Any] | None = None
+    bad: list[Bad] = field(default_factory=list)
+    cost: Callable[[dict[str, Any]], tuple[float, float]] = _zero_cost
+    length: Callable[[dict[str, Any]], float] = lambda kwargs: 1
+    differentiable: tuple[str, ...] = ()
+    backward: Callable[..., Any] | None = None
+    setup_context: Callable[..., Any] | None = None
+    compare: Callable[..., None] | None = None
+    supports: dict[str, str | Callable[[dict[str, Any]], str | None]] = field(default_factory=dict)
+    batch: tuple[str, ...] = ()
+    """The arguments whose first dimension counts independent images: test_ops slices them."""
+
+    def __post_init__(self) -> None:
+        self.name = self.schema.split("(", 1)[0]
+        arguments = self.schema[len(self.name) :]
+        self.overloads: dict[tuple[str | None, str], Any] = {}
+        self._kinds: dict[str, Any] = {}
+        self._define("native", self.name, arguments)
+        self._define("reference", f"{self.name}.reference", arguments)
+        LIB.impl(f"{self.name}.reference", self.reference, "CompositeExplicitAutograd")
+        if importlib.util.find_spec(f"tokenkernels.triton.{self.name}"):
+            self._define("triton", f"{self.name}.triton", arguments)
+            LIB.impl(f"{self.name}.triton", self._triton, "CompositeExplicitAutograd")
+        for device in DEVICES:
+            for backend in (None, *BACKENDS):
+                chosen = self._choose(backend or DEFAULT_BACKEND, device)
+                if chosen:
+                    self.overloads[backend, device] = self._kinds[chosen]
+        OPS[self.name] = self
+
+    def _define(self, kind: str, name: str, arguments: str) -> None:
+        LIB.define(name + arguments)
+        qualified = f"tokenkernels::{name}"
+        torch.library.register_fake(qualified, self.fake, lib=LIB)
+        if self.backward is not None:
+            torch.library.register_autograd(
+                qualified,
+                partial(self.backward, partial(_run, kind)),
+                setup_context=self.setup_context,
+                lib=LIB,
+            )
+        packet = getattr(torch.ops.tokenkernels, self.name)
+        self._kinds[kind] = getattr(packet, "default" if kind == "native" else kind)
+
+    def _triton(self, *args: Any) -> Any:
+        module = importlib.import_module(f"tokenkernels.triton.{self.name}")
+        return getattr(module, self.name)(*args)
+
+    def _choose(self, backend: str | None, device: str) -> str | None:
+        order = (backend,) if backend else BACKENDS
+        return next((kind for kind in order if self.why_not(kind, device) is None), None)
+
+    def why_not(self, backend: str, device: str, kwargs: dict[str, Any] | None = None) -> str | None:
+        """None where `backend` can run this op on `device` (with these arguments), else the reason in words."""
+        if backend == "native":
+            if _native.WHY_NOT:
+                return _native.WHY_NOT
+            key = DEVICES.get(device, "")
+            if not key or not torch._C._dispatch_has_kernel_for_dispatch_key(f"tokenkernels::{self.name}", key):
+                return f"the shared object has no {self.name} for {device}"
+        if backend == "triton" and "triton" not in self._kinds:
+            return f"there is no Triton kernel of {self.name}"
+        reason = self.supports.get(backend)
+        if callable(reason):
+            return reason(kwargs) if kwargs is not None else None
+        return reason
+
+    def __call__(self, backend: str | None, device: str, /, *args: Any) -> Any:
+        """Runs the schema op on `device`, by the best backend there or the one asked for."""
+        overload = self.overloads.get((backend, device))
+        if overload is None:
+            raise self._refusal(backend, device)
+        if torch.compiler.is_compiling():
+            return overload(*args)
+        if _recorder is not None:
+            _recorder.append((self, overload, args))
+        try:
+            return overload(*args)
+        except RuntimeError as error:
+            if str(error).startswith(f"{self.name}: "):
+                raise ValueError(str(error).split("\n")[0]) from None
+            raise
+
+    def _refusal(self, backend: str | None, device: str) -> Exception:
+        if backend is not None and backend not in BACKENDS:
+            return ValueError(f"{self.name}: backend: allowed {', '.join(BACKENDS)}, got {backend!r}")
+        if backend is None:
+            return RuntimeError(f"{self.name}: nothing runs on device {device!r}; backend=\"reference\" does")
+        return RuntimeError(f"{self.name}: backend {backend!r} cannot run: {self.why_not(backend, device)}")
+
+    def run(self, kwargs: dict[str, Any], backend: str | None = None) -> list[torch.Tensor]:
+        """Calls the op with the arguments of a case and lays its results flat."""
+        if self.function is not None:
+            return tensors_in(self.function(**kwargs, backend=backend))
+        device = next(t.device.type for t in tensors_in(list(kwargs.values())))
+        return tensors_in(self(backend, device, *kwargs.values()))
+
+    def check(self, got: list[torch.Tensor], want: list[torch.Tensor], low: list[torch.Tensor], kwargs: dict[str, Any]) -> None:
+        """Raises AssertionError where `got` is not as close to `want` (reference in float64) as this op must be."""
+        if self.compare is not None:
+            self.compare(got, want, low, kwargs)
+        else:
+            close(got, want, low, self.length(kwargs))
+
+
+def _run(kind: str, op: Op, *args: Any) -> Any:
+    return op._kinds[kind](*args)
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """All tensors of a nest of tuples, lists and dicts, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return []
+
+
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors as autocast wants them: floating ones in its dtype where it is on for their device."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) if t.dtype.is_floating_point else t for t in tensors)
+
+
+@contextmanager
+def recording() -> Iterator[list[tuple[Any, Any, tuple[Any, ...]]]]:
+    """Collects (op, overload, arguments) of every schema op called inside: what opcheck wants to see."""
+    global _recorder
+    before, calls = _recorder, []
+    _recorder = calls
+    try:
+        yield calls
+    finally:
+        _recorder = before

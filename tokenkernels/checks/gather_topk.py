@@ -1,0 +1,62 @@
+"""What gather_topk refuses, and the one form its budgets take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import choice, dtype, fail, floating, integer, number, rank, same_device, shape
+
+OP = "gather_topk"
+
+
+def gather_topk(
+    tensors: tuple[Any, ...],
+    scores: Any,
+    k: Any,
+    keep: Any,
+    prefix: Any,
+    order: Any,
+    threshold: Any,
+    fuse: Any,
+    backend: str | None = None,
+) -> list[int]:
+    """Raises where an argument is off; returns the budgets: one for all images, one per image, or none with a threshold."""
+    floating(OP, "scores", scores, backend)
+    rank(OP, "scores", scores, 2)
+    batch, tokens = scores.shape
+    integer(OP, "prefix", prefix, 0)
+    if not 1 <= len(tensors) <= 16:
+        fail(OP, "x", "1 … 16 tensors", len(tensors))
+    for x in tensors:
+        rank(OP, "x", x, 2, 3)
+        if x.shape[0] != batch or x.shape[1] != prefix + tokens:
+            fail(OP, "x", f"(B, P+N) = ({batch}, {prefix + tokens}) as first dimensions", tuple(x.shape))
+        same_device(OP, "x", x, scores, "scores")
+        if fuse is not None:
+            floating(OP, "x (with fuse)", x, backend)
+    if keep is not None:
+        dtype(OP, "keep", keep, ("bool",))
+        shape(OP, "keep", keep, batch, tokens)
+        same_device(OP, "keep", keep, scores, "scores")
+    choice(OP, "order", order, "index", "score")
+    choice(OP, "fuse", fuse, None, "sum", "mean")
+    if (k is None) == (threshold is None):
+        fail(OP, "k, threshold", "exactly one of the two", f"k={k}, threshold={threshold}")
+    if k is None:
+        number(OP, "threshold", threshold)
+        return []
+    return _budgets(k, batch, tokens)
+
+
+def _budgets(k: Any, batch: int, tokens: int) -> list[int]:
+    if hasattr(k, "tolist") and getattr(k, "ndim", 0) == 1:
+        dtype(OP, "k", k, ("int64", "int32"))
+        k = k.tolist()
+    if not isinstance(k, (list, tuple)):
+        integer(OP, "k", k, 0, tokens)
+        return [k]
+    if len(k) != batch:
+        fail(OP, "k", f"an int, or {batch} ints (one per image)", f"{len(k)} ints")
+    for budget in k:
+        integer(OP, "k", budget, 0, tokens)
+    return list(k)

@@ -1,0 +1,1 @@
+"""The Triton alternatives: portable kernels for GPUs without a compiler."""
