@@ -143,6 +143,8 @@ struct SlimTokens {
   float* projected;  // (B, N, H): what goes into the GELU, for the backward pass; or null
   void* scratch;
 };
+Status slim_tokens(const SlimTokens& params, const Pool& pool);
+int64_t slim_tokens_scratch(const SlimTokens& params, int threads);
 
 // slim_tokens_backward: the gradients of everything that slim_tokens reads.
 struct SlimTokensBackward {
@@ -154,5 +156,7 @@ struct SlimTokensBackward {
   float* grad_scale;       // one number
   void* scratch;
 };
+Status slim_tokens_backward(const SlimTokensBackward& params, const Pool& pool);
+int64_t slim_tokens_backward_scratch(const SlimTokensBackward& params, int threads);
 
 }  // namespace tk

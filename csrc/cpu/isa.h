@@ -8,7 +8,9 @@
 #define TK_CPU_KERNELS(X) \
   X(gather_topk_select, GatherTopk) \
   X(gather_topk, GatherTopk) \
-  X(gather_topk_backward, GatherTopkBackward)
+  X(gather_topk_backward, GatherTopkBackward) \
+  X(slim_tokens, SlimTokens) \
+  X(slim_tokens_backward, SlimTokensBackward)
 
 namespace tk {
 

@@ -16,8 +16,6 @@ int64_t segment_tokens(const SlimTokens& p) {
   return smaller(p.tokens, larger<int64_t>(kSegmentFloats / (p.slots + p.channels), kTileTokens));
 }
 
-int64_t slot_stride(const SlimTokens& p) { return round_up(p.slots, kLanes); }
-
 // What a worker needs for one tile.
 struct TileBuffers {
   float* normal;     // (kTileTokens, C)

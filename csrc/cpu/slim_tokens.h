@@ -40,15 +40,10 @@ static Weights take_weights(const SlimTokens& p, Arena& arena) {
 }
 
 template <class T>
-void widen(const void* from, int64_t count, float* to) {
-  widen_rows(static_cast<const T*>(from), 0, 1, count, to, 0);
-}
-
-template <class T>
 void pack_weights(const SlimTokens& p, const Weights& w) {
-  widen<T>(p.norm_weight, p.channels, w.norm_weight);
-  widen<T>(p.norm_bias, p.channels, w.norm_bias);
-  widen<T>(p.b1, p.hidden, w.b1);
+  widen_rows(static_cast<const T*>(p.norm_weight), 0, 1, p.channels, w.norm_weight, 0);
+  widen_rows(static_cast<const T*>(p.norm_bias), 0, 1, p.channels, w.norm_bias, 0);
+  widen_rows(static_cast<const T*>(p.b1), 0, 1, p.hidden, w.b1, 0);
   pack(static_cast<const T*>(p.w1), 1, p.w1_row, p.channels, p.hidden, w.w1);
   pack(static_cast<const T*>(p.w2), 1, p.w2_row, p.hidden, p.slots, w.w2);
 }
@@ -129,6 +124,8 @@ TK_INLINE void share(const Pool& pool, int64_t workers, int64_t count, const Bod
     }
   });
 }
+
+TK_INLINE int64_t slot_stride(const SlimTokens& p) { return round_up(p.slots, kLanes); }
 
 // Where part i of `parts` begins in [0, count).
 TK_INLINE int64_t part(int64_t count, int64_t i, int64_t parts) { return count * i / parts; }

@@ -3,10 +3,12 @@
 
 namespace tk::bind {
 void bind_gather_topk(py::module_& m);
+void bind_slim_tokens(py::module_& m);
 }  // namespace tk::bind
 
 PYBIND11_MODULE(_numpy, m) {
   m.def("instruction_set", &tk::instruction_set);
   m.def("set_instruction_set", &tk::set_instruction_set);
   tk::bind::bind_gather_topk(m);
+  tk::bind::bind_slim_tokens(m);
 }
