@@ -7,115 +7,147 @@ namespace {
 
 using Fuse = GatherTopk::Fuse;
 
-// Order of floats as order of integers: NaN lowest, −0 equal to +0.
-TK_INLINE uint32_t ordered(float score) {
-  if (score != score) return 0;
-  const uint32_t bits = bits_of(score + 0.0f);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+// Scores as integers of the same order: NaN lowest, −0 equal to +0. Below and above them there is room for tokens that never and
+// that always win.
+constexpr int32_t kNever = INT32_MIN, kNan = INT32_MIN + 1, kAlways = INT32_MAX;
+
+TK_INLINE int32_t ordered(float score) {
+  if (score != score) return kNan;
+  const auto bits = static_cast<int32_t>(bits_of(score + 0.0f));
+  return bits < 0 ? bits ^ INT32_MAX : bits;
 }
 
+// The memory of one task: keys (N, and one vector more), and what sorting needs.
 struct Row {
-  uint32_t* keys;     // (N), ordered scores
-  uint32_t* swap;     // (N), for sorting
-  int64_t* selected;  // (N), the result
-  int64_t* other;     // (N), for sorting
+  int32_t* keys;
+  int64_t* other;
 };
 
-constexpr int64_t kRowBytes = 2 * sizeof(uint32_t) + sizeof(int64_t);
+TK_INLINE int64_t padded(int64_t tokens) { return (tokens + 2 * kLanes - 1) / kLanes * kLanes; }
 
-TK_INLINE Row row_of(const GatherTopk& p, int64_t task, int64_t image) {
-  char* base = static_cast<char*>(p.scratch) + task * kRowBytes * p.tokens;
-  int64_t* other = reinterpret_cast<int64_t*>(base);
-  uint32_t* keys = reinterpret_cast<uint32_t*>(other + p.tokens);
-  return {keys, keys + p.tokens, p.selected + image * p.tokens, other};
+TK_INLINE int64_t row_bytes(int64_t tokens) {
+  return padded(tokens) * static_cast<int64_t>(sizeof(int32_t) + sizeof(int64_t));
+}
+
+TK_INLINE Row row_of(const GatherTopk& p, int64_t task) {
+  int64_t* other = reinterpret_cast<int64_t*>(static_cast<char*>(p.scratch) + task * row_bytes(p.tokens));
+  return {reinterpret_cast<int32_t*>(other + padded(p.tokens)), other};
 }
 
 template <class T>
-void read_keys(const GatherTopk& p, int64_t image, uint32_t* keys) {
+void read_keys(const GatherTopk& p, int64_t image, int32_t* keys) {
   const T* scores = static_cast<const T*>(p.scores) + image * p.scores_batch_stride;
-  for (int64_t n = 0; n < p.tokens; ++n) keys[n] = ordered(to_float(scores[n * p.scores_token_stride]));
-}
-
-// The bar that the chosen `need` of the candidates clear: all keys above `key`, and the first `ties` of those equal to it.
-struct Bar {
-  uint32_t key;
-  int64_t ties;
-};
-
-template <class Candidate>
-Bar find_bar(const uint32_t* keys, int64_t tokens, int64_t need, const Candidate& candidate) {
-  uint32_t prefix = 0, mask = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    int64_t histogram[256] = {};
-    for (int64_t n = 0; n < tokens; ++n) {
-      if ((keys[n] & mask) == prefix && candidate(n)) ++histogram[(keys[n] >> shift) & 255u];
-    }
-    uint32_t digit = 255;
-    while (digit > 0 && histogram[digit] < need) need -= histogram[digit--];
-    prefix |= digit << shift;
-    mask |= 255u << shift;
+  const int64_t stride = p.scores_token_stride;
+  if (stride == 1) {
+    for (int64_t n = 0; n < p.tokens; ++n) keys[n] = ordered(to_float(scores[n]));
+  } else {
+    for (int64_t n = 0; n < p.tokens; ++n) keys[n] = ordered(to_float(scores[n * stride]));
   }
-  return {prefix, need};
+  for (int64_t n = p.tokens; n < padded(p.tokens); ++n) keys[n] = kNever;
 }
 
-// Chosen tokens in ascending order; returns how many.
-template <class Candidate, class Always>
-int64_t choose(const Row& row, int64_t tokens, int64_t need, const Candidate& candidate, const Always& always) {
-  const Bar bar = need > 0 ? find_bar(row.keys, tokens, need, candidate) : Bar{0xffffffffu, 0};
-  int64_t count = 0, ties = bar.ties;
-  for (int64_t n = 0; n < tokens; ++n) {
-    bool chosen = always(n);
-    if (!chosen && candidate(n)) chosen = row.keys[n] > bar.key || (row.keys[n] == bar.key && ties-- > 0);
-    row.selected[count] = n;
-    count += chosen;
+void read_keys(const GatherTopk& p, int64_t image, int32_t* keys) {
+  dispatch(p.scores_dtype, [&](auto zero) { read_keys<decltype(zero)>(p, image, keys); });
+}
+
+// Kept tokens always win; where they are more than the budget, the others never do.
+void apply_keep(const GatherTopk& p, int64_t image, int64_t budget, int32_t* keys) {
+  const bool* keep = p.keep + image * p.keep_batch_stride;
+  int64_t kept = 0;
+  for (int64_t n = 0; n < p.tokens; ++n) kept += keep[n * p.keep_token_stride];
+  for (int64_t n = 0; n < p.tokens; ++n) {
+    const bool here = keep[n * p.keep_token_stride];
+    if (kept < budget && here) keys[n] = kAlways;
+    if (kept >= budget && !here) keys[n] = kNever;
+  }
+}
+
+TK_INLINE int64_t count_from(const int32_t* keys, int64_t tokens, int32_t bar) {
+  Ints found{};
+  for (int64_t n = 0; n < tokens; n += kLanes) {
+    Ints here;
+    std::memcpy(&here, keys + n, sizeof here);
+    found -= here >= bar;
+  }
+  int64_t total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += found[lane];
+  return total;
+}
+
+// The highest bar that at least `need` keys reach, found bit by bit; early where exactly `need` do.
+int32_t find_bar(const int32_t* keys, int64_t tokens, int64_t need) {
+  uint32_t bar = 0;  // counted from kNever upwards
+  for (uint32_t bit = 0x80000000u; bit != 0; bit >>= 1) {
+    const int64_t count = count_from(keys, tokens, static_cast<int32_t>((bar | bit) ^ 0x80000000u));
+    if (count >= need) bar |= bit;
+    if (count == need) break;
+  }
+  return static_cast<int32_t>(bar ^ 0x80000000u);
+}
+
+// Chosen tokens in ascending order: all above the bar, and the first of those at it.
+int64_t choose(const int32_t* keys, int64_t tokens, int64_t need, int64_t* selected) {
+  if (need == 0) return 0;
+  const int32_t bar = find_bar(keys, tokens, need);
+  int64_t ties = need - (bar == kAlways ? 0 : count_from(keys, tokens, bar + 1));
+  int64_t count = 0;
+  for (int64_t n = 0; count < need; ++n) {
+    const bool tie = keys[n] == bar && ties > 0;
+    selected[count] = n;
+    count += tie || keys[n] > bar;
+    ties -= tie;
   }
   return count;
 }
 
-int64_t choose_budget(const GatherTopk& p, const Row& row, int64_t image, int64_t budget) {
-  if (p.keep == nullptr) {
-    return choose(row, p.tokens, budget, [](int64_t) { return true; }, [](int64_t) { return false; });
-  }
-  const bool* keep = p.keep + image * p.keep_batch_stride;
-  const int64_t stride = p.keep_token_stride;
-  int64_t kept = 0;
-  for (int64_t n = 0; n < p.tokens; ++n) kept += keep[n * stride];
-  if (kept >= budget) {
-    return choose(row, p.tokens, budget, [=](int64_t n) { return keep[n * stride]; }, [](int64_t) { return false; });
-  }
-  return choose(row, p.tokens, budget - kept, [=](int64_t n) { return !keep[n * stride]; },
-                [=](int64_t n) { return keep[n * stride]; });
-}
-
-int64_t choose_threshold(const GatherTopk& p, const Row& row, int64_t image) {
-  const uint32_t bar = ordered(p.threshold);
+int64_t choose_by_threshold(const GatherTopk& p, const int32_t* keys, int64_t image, int64_t* selected) {
+  const int32_t bar = p.threshold != p.threshold ? kAlways : ordered(p.threshold);
   int64_t count = 0;
   for (int64_t n = 0; n < p.tokens; ++n) {
     const bool kept = p.keep != nullptr && p.keep[image * p.keep_batch_stride + n * p.keep_token_stride];
-    row.selected[count] = n;
-    count += kept || (row.keys[n] >= bar && row.keys[n] != 0 && bar != 0);
+    selected[count] = n;
+    count += kept || keys[n] >= bar;
   }
   return count;
 }
 
-// Stable descending radix sort of the chosen tokens by key: equal scores stay in ascending order.
-void sort_by_score(const Row& row, int64_t count) {
-  int64_t* from = row.selected;
+// Stable descending radix sort of the chosen tokens by score: equal ones stay in ascending order.
+void sort_by_score(const Row& row, int64_t* selected, int64_t count) {
+  int64_t* from = selected;
   int64_t* to = row.other;
   for (int shift = 0; shift < 32; shift += 8) {
+    const auto digit = [&](int64_t token) {
+      return 255u - (((static_cast<uint32_t>(row.keys[token]) ^ 0x80000000u) >> shift) & 255u);
+    };
     int64_t start[256] = {};
-    for (int64_t i = 0; i < count; ++i) ++start[255u - ((row.keys[from[i]] >> shift) & 255u)];
+    for (int64_t i = 0; i < count; ++i) ++start[digit(from[i])];
     int64_t total = 0;
     for (int64_t& entry : start) {
       const int64_t here = entry;
       entry = total;
       total += here;
     }
-    for (int64_t i = 0; i < count; ++i) to[start[255u - ((row.keys[from[i]] >> shift) & 255u)]++] = from[i];
+    for (int64_t i = 0; i < count; ++i) to[start[digit(from[i])]++] = from[i];
     int64_t* swap = from;
     from = to;
     to = swap;
   }
+}
+
+int64_t select(const GatherTopk& p, const Row& row, int64_t image) {
+  int64_t* selected = p.selected + image * p.tokens;
+  read_keys(p, image, row.keys);
+  if (p.budgets == nullptr) {
+    const int64_t count = choose_by_threshold(p, row.keys, image, selected);
+    if (p.by_score) sort_by_score(row, selected, count);
+    return count;
+  }
+  if (p.keep != nullptr) apply_keep(p, image, p.budgets[image], row.keys);
+  const int64_t count = choose(row.keys, p.tokens, p.budgets[image], selected);
+  if (!p.by_score) return count;
+  if (p.keep != nullptr) read_keys(p, image, row.keys);
+  sort_by_score(row, selected, count);
+  return count;
 }
 
 TK_INLINE int64_t extra_rows(const GatherTopk& p) { return p.prefix + (p.fuse != Fuse::kNone); }
@@ -183,14 +215,10 @@ constexpr int64_t kRowsPerTask = 64;
 
 Status gather_topk_select(const GatherTopk& p, const Pool& pool) {
   const int64_t tasks = smaller<int64_t>(pool.threads, p.batch);
-  parallel_for(pool, tasks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(pool, tasks, grain_of(16 * p.tokens * p.batch / larger<int64_t>(tasks, 1)), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       for (int64_t image = p.batch * task / tasks; image < p.batch * (task + 1) / tasks; ++image) {
-        const Row row = row_of(p, task, image);
-        dispatch(p.scores_dtype, [&](auto zero) { read_keys<decltype(zero)>(p, image, row.keys); });
-        const int64_t count = p.budgets ? choose_budget(p, row, image, p.budgets[image]) : choose_threshold(p, row, image);
-        if (p.by_score) sort_by_score(row, count);
-        p.offsets[image + 1] = count + extra_rows(p);
+        p.offsets[image + 1] = select(p, row_of(p, task), image) + extra_rows(p);
       }
     }
   });
@@ -199,15 +227,15 @@ Status gather_topk_select(const GatherTopk& p, const Pool& pool) {
   return Status::kOk;
 }
 
-int64_t gather_topk_select_scratch(const GatherTopk& p, int threads) { return threads * kRowBytes * p.tokens; }
+int64_t gather_topk_select_scratch(const GatherTopk& p, int threads) { return threads * row_bytes(p.tokens); }
 
 Status gather_topk(const GatherTopk& p, const Pool& pool) {
   int64_t most = 0, bytes = 0;
   for (int64_t image = 0; image < p.batch; ++image) most = larger(most, chosen_count(p, image));
   for (int t = 0; t < p.tensor_count; ++t) bytes += p.offsets[p.batch] * p.tensors[t].row_bytes;
   const bool streaming = bytes > kStreamingBytes;
-  const int64_t blocks = ceil_div(p.prefix + most, kRowsPerTask);
-  parallel_for(pool, p.batch * blocks, 1, [&](int64_t begin, int64_t end) {
+  const int64_t blocks = ceil_div(p.prefix + most, kRowsPerTask), tasks = p.batch * blocks;
+  parallel_for(pool, tasks, grain_of(bytes / larger<int64_t>(tasks, 1)), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / blocks, first = task % blocks * kRowsPerTask;
       const int64_t last = smaller(first + kRowsPerTask, p.prefix + chosen_count(p, image));
@@ -221,7 +249,7 @@ Status gather_topk(const GatherTopk& p, const Pool& pool) {
     at += count;
   }
   if (p.fuse == Fuse::kNone) return Status::kOk;
-  parallel_for(pool, p.batch, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(pool, p.batch, grain_of(p.tokens * p.tensors[0].row_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t image = begin; image < end; ++image) {
       for (int t = 0; t < p.tensor_count; ++t) {
         dispatch(p.tensors[t].dtype, [&](auto zero) { fuse_dropped<decltype(zero)>(p, p.tensors[t], image); });

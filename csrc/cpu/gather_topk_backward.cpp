@@ -107,7 +107,8 @@ Status gather_topk_backward(const GatherTopkBackward& p, const Pool& pool) {
   if (p.fuse != Fuse::kNone) {
     std::memset(p.scores_gradient, 0, sizeof(float) * static_cast<size_t>(p.batch * p.tokens));
   }
-  parallel_for(pool, p.batch, 1, [&](int64_t begin, int64_t end) {
+  const int64_t channels = p.tensor_count > 0 ? p.tensors[0].channels : 1;
+  parallel_for(pool, p.batch, grain_of(p.tokens * channels * 4), [&](int64_t begin, int64_t end) {
     for (int64_t image = begin; image < end; ++image) {
       int32_t* place = static_cast<int32_t*>(p.scratch) + image * p.tokens;
       invert(p, image, place);

@@ -206,6 +206,9 @@ TK_INLINE Floats exp(Floats x) {
   return select(x != x, x, select(x < -87.33654475f, splat(0.0f), result));
 }
 
+// How many items make a range worth a thread of its own, when one costs about `cost` bytes moved or multiply-adds.
+TK_INLINE int64_t grain_of(int64_t cost) { return larger<int64_t>(1, 65536 / larger<int64_t>(1, cost)); }
+
 // Runs body(begin, end) over [0, count) on the binding's threads.
 template <class Body>
 TK_INLINE void parallel_for(const Pool& pool, int64_t count, int64_t grain, const Body& body) {

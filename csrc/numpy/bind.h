@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <memory>
 #include <string>
 #include <thread>
 #include <vector>
@@ -38,24 +39,36 @@ inline DType dtype_of(const array& a, const char* op) {
 // A stride in elements; kernels never take steps that are no whole number of them.
 inline int64_t stride_of(const array& a, int axis) { return a.strides(axis) / a.itemsize(); }
 
-// A C-ordered copy, where rows are not contiguous or not aligned to their elements.
-inline array rows_contiguous(const array& a) {
-  bool good = a.ndim() == 0 || a.shape(a.ndim() - 1) <= 1 || a.strides(a.ndim() - 1) == a.itemsize();
+// A C-ordered copy, where elements are not aligned (a field of a structured array, say).
+inline array elements(const array& a) {
+  bool good = reinterpret_cast<uintptr_t>(a.data()) % static_cast<size_t>(a.itemsize()) == 0;
   for (int axis = 0; axis < a.ndim(); ++axis) good = good && a.strides(axis) % a.itemsize() == 0;
-  return good ? a : array::ensure(a, array::c_style);
+  return good ? a : array::ensure(a, array::c_style | array::forcecast).attr("copy")().cast<array>();
+}
+
+// A C-ordered copy, where the last dimension is not contiguous.
+inline array rows_contiguous(const array& a) {
+  const bool good = a.ndim() == 0 || a.shape(a.ndim() - 1) <= 1 || a.strides(a.ndim() - 1) == a.itemsize();
+  return good ? elements(a) : array::ensure(a, array::c_style);
 }
 
 inline array empty(std::vector<py::ssize_t> shape, const py::dtype& dtype) { return array(dtype, std::move(shape)); }
 
+// Bytes that a kernel borrows for one call; few of them cost no allocation.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : bytes_(static_cast<size_t>(bytes > 0 ? bytes + 64 : 0)) {}
-  void* data() {
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(bytes_.data()) + 63) & ~uintptr_t{63});
+  explicit Scratch(int64_t bytes) {
+    if (bytes <= static_cast<int64_t>(sizeof small_)) return;
+    large_.reset(new char[static_cast<size_t>(bytes) + 64]);
+    data_ = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(large_.get()) + 63) & ~uintptr_t{63});
   }
+  Scratch(const Scratch&) = delete;
+  void* data() { return data_; }
 
  private:
-  std::vector<char> bytes_;
+  alignas(64) char small_[4096];
+  std::unique_ptr<char[]> large_;
+  void* data_ = small_;
 };
 
 // Threads of this call only. Ranges below one grain run in the caller.

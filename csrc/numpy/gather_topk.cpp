@@ -6,12 +6,13 @@ namespace {
 
 using Fuse = GatherTopk::Fuse;
 
-// k: one int per image; empty: `threshold` decides. `dense`: the outputs have the shape (B, rows, …).
-py::tuple gather_topk_numpy(const std::vector<array>& inputs, const array& scores, const py::object& keep,
-                            const std::vector<int64_t>& k, float threshold, bool dense, int64_t prefix, bool by_score,
+// budgets: one int per image, read where no threshold is given. `dense`: all images keep k, the outputs are (B, rows, …).
+py::tuple gather_topk_numpy(const std::vector<array>& inputs, const array& scores_in, const py::object& keep,
+                            const std::vector<int64_t>& budgets, int64_t k, bool by_threshold, float threshold, bool dense, int64_t prefix, bool by_score,
                             int fuse) {
   GatherTopk p{};
   check(inputs.size() <= GatherTopk::kMaxTensors, "gather_topk", "x: allowed at most 16 arrays");
+  const array scores = elements(scores_in);
   p.scores = scores.data();
   p.scores_dtype = dtype_of(scores, "gather_topk");
   p.scores_batch_stride = stride_of(scores, 0);
@@ -27,10 +28,10 @@ py::tuple gather_topk_numpy(const std::vector<array>& inputs, const array& score
   p.prefix = prefix;
   p.by_score = by_score;
   p.fuse = static_cast<Fuse>(fuse);
-  p.budgets = k.empty() ? nullptr : k.data();
+  p.budgets = by_threshold ? nullptr : budgets.data();
   p.threshold = threshold;
   std::vector<array> from, to;
-  for (const array& x : inputs) from.push_back(x.ndim() == 3 ? rows_contiguous(x) : x);
+  for (const array& x : inputs) from.push_back(x.ndim() == 3 ? rows_contiguous(x) : elements(x));
   array offsets = empty({p.batch + 1}, py::dtype::of<int64_t>());
   p.offsets = static_cast<int64_t*>(offsets.mutable_data());
   Scratch selected(p.batch * p.tokens * 8);
@@ -43,12 +44,12 @@ py::tuple gather_topk_numpy(const std::vector<array>& inputs, const array& score
     gather_topk_select(p, threads);
   }
   const int64_t total = p.offsets[p.batch], extra = prefix + (p.fuse != Fuse::kNone);
-  const int64_t chosen = total - p.batch * extra, per_image = k.empty() ? 0 : k[0];
-  array index = dense ? empty({p.batch, per_image}, py::dtype::of<int64_t>()) : empty({chosen}, py::dtype::of<int64_t>());
+  const int64_t chosen = total - p.batch * extra;
+  array index = dense ? empty({p.batch, k}, py::dtype::of<int64_t>()) : empty({chosen}, py::dtype::of<int64_t>());
   p.index = static_cast<int64_t*>(index.mutable_data());
   for (const array& x : from) {
     std::vector<py::ssize_t> shape{total};
-    if (dense) shape = {p.batch, per_image + extra};
+    if (dense) shape = {p.batch, k + extra};
     const int64_t channels = x.ndim() == 3 ? x.shape(2) : 1;
     if (x.ndim() == 3) shape.push_back(channels);
     to.push_back(empty(shape, x.dtype()));

@@ -61,18 +61,21 @@ inline Tensor rows_contiguous(const Tensor& tensor) {
   return tensor.stride(last) == 1 || tensor.size(last) <= 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
-// Bytes that a kernel borrows for one call.
+// Bytes that a kernel borrows for one call; few of them cost no allocation.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {
-    if (bytes > 0) tensor_ = empty({bytes + 64}, ScalarType::Byte);
-    if (bytes > 0) data_ = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(tensor_->data_ptr()) + 63) & ~uintptr_t{63});
+    if (bytes <= static_cast<int64_t>(sizeof small_)) return;
+    large_ = empty({bytes + 64}, ScalarType::Byte);
+    data_ = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(large_->data_ptr()) + 63) & ~uintptr_t{63});
   }
-  void* data() const { return data_; }
+  Scratch(const Scratch&) = delete;
+  void* data() { return data_; }
 
  private:
-  std::optional<Tensor> tensor_;
-  void* data_ = nullptr;
+  alignas(64) char small_[4096];
+  std::optional<Tensor> large_;
+  void* data_ = small_;
 };
 
 // torch's own threads.

@@ -76,7 +76,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> gather_topk_cpu(std::vector<Tens
   p.offsets = static_cast<int64_t*>(offsets.data_ptr());
   p.selected = static_cast<int64_t*>(selected.data());
   const Pool threads = pool();
-  const Scratch select_scratch(gather_topk_select_scratch(p, threads.threads));
+  Scratch select_scratch(gather_topk_select_scratch(p, threads.threads));
   p.scratch = select_scratch.data();
   gather_topk_select(p, threads);
 
@@ -90,7 +90,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> gather_topk_cpu(std::vector<Tens
     outputs.push_back(output_like(tensor, p.batch, rows, dense));
     p.tensors[p.tensor_count++] = tensor_of(tensor, outputs.back(), p);
   }
-  const Scratch scratch(gather_topk_scratch(p, threads.threads));
+  Scratch scratch(gather_topk_scratch(p, threads.threads));
   p.scratch = scratch.data();
   gather_topk(p, threads);
   return {outputs, index, offsets};
@@ -138,7 +138,7 @@ std::tuple<std::vector<Tensor>, Tensor> gather_topk_backward_cpu(std::vector<Ten
     tensor.x_token_stride = x.stride(1);
   }
   const Pool threads = pool();
-  const Scratch scratch(gather_topk_backward_scratch(p, threads.threads));
+  Scratch scratch(gather_topk_backward_scratch(p, threads.threads));
   p.scratch = scratch.data();
   gather_topk_backward(p, threads);
   return {results, scores_gradient};

@@ -20,7 +20,7 @@ def gather_topk(
     fuse: Any,
     backend: str | None = None,
 ) -> list[int]:
-    """Raises where an argument is off; returns the budgets: one for all images, one per image, or none with a threshold."""
+    """Raises where an argument is off; returns the budgets: one for all images or one per image; [0] with a threshold."""
     floating(OP, "scores", scores, backend)
     rank(OP, "scores", scores, 2)
     batch, tokens = scores.shape
@@ -44,7 +44,7 @@ def gather_topk(
         fail(OP, "k, threshold", "exactly one of the two", f"k={k}, threshold={threshold}")
     if k is None:
         number(OP, "threshold", threshold)
-        return []
+        return [0]
     return _budgets(k, batch, tokens)
 
 

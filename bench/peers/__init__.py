@@ -1,0 +1,45 @@
+"""Who an op is measured against: one file per op in this folder holds its `PEERS`, name → function of the case's arguments."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One competitor: called with the keyword arguments of a case, it returns outputs in the op's form, or the first ones of them.
+
+    `compiled` adds the same function under torch.compile. `dtypes` are those it can run (None: all). A peer that does not cover a
+    case returns NotImplemented. `compare(got, want, low, kwargs)` replaces the op's own where the form must differ. `gradient` is
+    False where no gradient flows through it.
+    """
+
+    fn: Callable[..., Any]
+    compiled: bool = False
+    dtypes: tuple[torch.dtype, ...] | None = None
+    note: str = ""
+    compare: Callable[..., None] | None = None
+    gradient: bool = True
+
+
+COMPILED = " (compiled)"
+
+
+def peers_of(op_name: str) -> dict[str, Peer]:
+    """The peers of an op, with one more entry, `compiled=True`, behind each that is to be compiled too."""
+    if importlib.util.find_spec(f"{__name__}.{op_name}") is None:
+        return {}
+    listed = importlib.import_module(f"{__name__}.{op_name}").PEERS
+    found: dict[str, Peer] = {}
+    for name, entry in listed.items():
+        peer = entry if isinstance(entry, Peer) else Peer(entry)
+        found[name] = replace(peer, compiled=False)
+        if peer.compiled:
+            found[name + COMPILED] = peer
+    return found

@@ -1,0 +1,94 @@
+"""Measures the roofs of this machine: how fast memory is copied and read at a given size, how fast matrices are multiplied."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.timing import alternate
+
+MIB = 2**20
+SIZES = (1 * MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""float16 counts as float32, which it is widened to: torch multiplies it element by element on most processors."""
+
+
+def measure(seconds: float = 20.0) -> dict[str, Any]:
+    """The roofs: bytes/s by total bytes moved for "copy" and "read", flop/s for "gemm" by dtype, and "gemm_one_thread".
+
+    Timed as the ops are (same alternation, outputs allocated inside), by the best of what is installed. A bandwidth is the median; a
+    rate of arithmetic the best over some sizes, since nothing is gained from a roof that is too low.
+    """
+    per_size = 0.6 * seconds / len(SIZES)
+    memory = [_bandwidth(size, per_size) for size in SIZES]
+    threads = torch.get_num_threads()
+    many = _rates(0.3 * seconds)
+    torch.set_num_threads(1)
+    try:
+        one = _rates(0.1 * seconds, torch_only=True)
+    finally:
+        torch.set_num_threads(threads)
+    return {
+        "copy": {str(size): m["copy"] for size, m in zip(SIZES, memory, strict=True)},
+        "read": {str(size): m["read"] for size, m in zip(SIZES, memory, strict=True)},
+        "gemm": many,
+        "gemm_one_thread": one,
+        "threads": threads,
+    }
+
+
+def floor(roof: dict[str, Any], moved: float, written: float, flops: float, dtype: str) -> tuple[float, float]:
+    """Seconds that memory and arithmetic need at least for a call that moves `moved` bytes, of which it writes `written`.
+
+    Every written byte goes with one that is read, at copy speed; what is read beyond that comes at read speed.
+    """
+    copied = min(moved, 2 * min(written, moved))
+    memory = copied / at(roof["copy"], moved) + (moved - copied) / at(roof["read"], moved)
+    return memory, flops / roof["gemm"].get(dtype, roof["gemm"]["float32"])
+
+
+def at(table: dict[str, float], size: float) -> float:
+    """The bandwidth at `size` bytes, between the two measured sizes around it on a logarithmic scale."""
+    points = sorted((float(s), rate) for s, rate in table.items())
+    size = min(max(size, points[0][0]), points[-1][0])
+    for (low, slow), (high, fast) in zip(points, points[1:], strict=False):
+        if size <= high:
+            share = math.log(size / low) / math.log(high / low)
+            return slow + share * (fast - slow)
+    return points[-1][1]
+
+
+def _bandwidth(size: int, seconds: float) -> dict[str, float]:
+    source = torch.ones(size // 2 // 4)
+    whole = torch.ones(size // 4)
+    square = whole[: math.isqrt(whole.numel()) ** 2].view(math.isqrt(whole.numel()), -1)
+    vector = torch.ones(square.shape[1])
+    calls: dict[str, Callable[[], Any]] = {
+        "copy": source.clone,
+        "sum": whole.sum,
+        "product": partial(torch.mv, square, vector),
+    }
+    took = {name: statistics.median(t) for name, t in alternate(calls, seconds).items()}
+    return {"copy": size / took["copy"], "read": size / min(took["sum"], took["product"])}
+
+
+def _rates(seconds: float, torch_only: bool = False) -> dict[str, float]:
+    sizes = (768, 1536, 2048)
+    rates = {}
+    for name, dtype in DTYPES.items():
+        calls: dict[str, Callable[[], Any]] = {}
+        for size in sizes:
+            a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+            calls[f"torch {size}"] = partial(torch.mm, a, b)
+            if dtype == torch.float32 and not torch_only:
+                calls[f"numpy {size}"] = partial(np.matmul, a.numpy(), b.numpy())
+        flops = {call: 2.0 * int(call.split()[1]) ** 3 for call in calls}
+        took = alternate(calls, seconds / len(DTYPES), rounds=(3, 40))
+        rates[name] = max(flops[call] / min(samples) for call, samples in took.items())
+    return rates

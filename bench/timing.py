@@ -1,0 +1,82 @@
+"""Times functions side by side, and sees how much memory a call takes beyond what it returns."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import random
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Call = Callable[[], Any]
+TURN = 2e-3
+"""Seconds that one turn of a fast function lasts: shorter calls are repeated and averaged."""
+
+
+def alternate(calls: dict[str, Call], seconds: float, rounds: tuple[int, int] = (5, 40)) -> dict[str, list[float]]:
+    """Seconds per call, some samples of each: in every round each function takes one turn, in random order.
+
+    So slow drift of the machine meets all of them alike, and none always follows the same other. A turn of a call shorter than `TURN`
+    starts with one call that is not timed, since the others have emptied the caches. Ends at the upper number of rounds, or after the
+    lower one once `seconds` have passed; one that has had its share by then sits out the rounds behind.
+    """
+    draw = random.Random(0)
+    expected = {name: _timed(call, 1) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    share = seconds / max(len(calls), 1)
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for done in range(rounds[1]):
+            if done >= rounds[0] and time.perf_counter() - start > seconds:
+                break
+            for name in draw.sample(list(calls), len(calls)):
+                if done >= rounds[0] and sum(samples[name]) > share:
+                    continue
+                repeats = max(1, int(TURN / expected[name]))
+                if repeats > 1:
+                    calls[name]()
+                samples[name].append(_timed(calls[name], repeats))
+                expected[name] = min(expected[name], samples[name][-1])
+    finally:
+        gc.enable()
+    return samples
+
+
+def _timed(call: Call, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def extra_memory(call: Call, returned: Callable[[Any], int]) -> float | None:
+    """Bytes that were resident at the peak of one call, beyond those before it and those it returns; None where nobody counts.
+
+    The kernel counts, so whatever library allocates is seen. Freed blocks go back to the system first: they would be used again
+    unnoticed. Pages are counted in batches per thread, so some hundred KiB are noise.
+    """
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    libc = ctypes.CDLL(None)
+    if not (status.exists() and reset.exists() and hasattr(libc, "malloc_trim")):
+        return None
+    gc.collect()
+    libc.malloc_trim(0)
+    try:
+        reset.write_text("5")
+    except OSError:
+        return None
+    before = _resident(status, "VmRSS")
+    outputs = call()
+    peak = _resident(status, "VmHWM") - before
+    return float(max(0, peak - returned(outputs)))
+
+
+def _resident(status: Path, key: str) -> int:
+    found = re.search(rf"{key}:\s*(\d+)", status.read_text())
+    assert found, f"{status} has no {key}"
+    return int(found[1]) * 1024

@@ -1,0 +1,82 @@
+"""tokenkernels.numpy gives, bit for bit, what the native torch functions give; and imports no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._pytree import tree_map
+
+from tokenkernels import _native
+from tokenkernels._op import OPS, Case, Op, tensors_in
+
+if _native.WHY_NOT:
+    pytest.skip(_native.WHY_NOT, allow_module_level=True)
+
+import ml_dtypes
+
+import tokenkernels.numpy as tkn
+
+cases = [
+    (op, case)
+    for op in OPS.values()
+    for case in op.cases
+    if "test" in case.tags and op.function is not None and hasattr(tkn, op.function.__name__)
+]
+every_case = pytest.mark.parametrize(("op", "case"), cases, ids=[f"{op.name}-{case.id}" for op, case in cases])
+
+
+def to_numpy(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.dtype == torch.bfloat16:
+        return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return value.numpy()
+
+
+def to_torch(value: Any) -> torch.Tensor:
+    if value.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.ascontiguousarray(value))
+
+
+def arrays_in(value: Any) -> list[np.ndarray]:
+    if isinstance(value, np.ndarray):
+        return [value]
+    return [a for item in value for a in arrays_in(item)] if isinstance(value, (list, tuple)) else []
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_same_bits_as_torch(op: Op, case: Case, dtype: torch.dtype) -> None:
+    if dtype not in case.dtypes:
+        pytest.skip("a case of other dtypes")
+    want = tensors_in(op.function(**case.kwargs(dtype), backend="native"))
+    got = arrays_in(getattr(tkn, op.function.__name__)(**tree_map(to_numpy, case.kwargs(dtype))))
+    assert len(got) == len(want)
+    for number, (g, w) in enumerate(zip(map(to_torch, got), want, strict=True)):
+        assert g.shape == w.shape and g.dtype == w.dtype, f"output {number}"
+        assert torch.equal(g.nan_to_num(7), w.nan_to_num(7)), f"output {number}"
+
+
+def test_every_public_function_is_there() -> None:
+    public = {op.function.__name__ for op in OPS.values() if op.function is not None}
+    assert {name for name in public if not hasattr(tkn, name)} == set()
+
+
+@pytest.mark.parametrize(("op", "number"), [(op, n) for op in OPS.values() for n in range(len(op.bad))])
+def test_bad_arguments_are_refused_in_the_same_words(op: Op, number: int) -> None:
+    change, error, pattern = op.bad[number]
+    kwargs = op.cases[0].kwargs(torch.float32)
+    changed = tree_map(to_numpy, kwargs | change(kwargs))
+    with pytest.raises(error, match=pattern.split(": allowed")[0]):
+        getattr(tkn, op.function.__name__)(**changed)
+
+
+def test_no_torch_is_imported() -> None:
+    code = "import sys, tokenkernels.numpy; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
