@@ -98,11 +98,11 @@ Floats softmax_over_tokens(const SlimTokens& p, const ImageBuffers& image, int64
   const int64_t slots = slot_stride(p);
   const Floats before = first ? splat(-__builtin_inff()) : load(image.maxima + m);
   Floats maximum = before;
-  for (int64_t n = 0; n < count; ++n) maximum = max(load(image.logits + n * slots + m) * p.scale, maximum);
+  for (int64_t n = 0; n < count; ++n) maximum = max(load(image.logits + n * slots + m), maximum);
   Floats denominator{};
   for (int64_t n = 0; n < count; ++n) {
     float* at = image.logits + n * slots + m;
-    const Floats numerator = exp(load(at) * p.scale - maximum);
+    const Floats numerator = exp(load(at) - maximum);
     store(at, numerator);
     denominator += numerator;
   }

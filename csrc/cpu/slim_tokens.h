@@ -26,28 +26,6 @@ struct Arena {
   }
 };
 
-// The weights as float32, as every tile reads them.
-struct Weights {
-  float *norm_weight, *norm_bias;  // (C)
-  float* b1;                       // (H)
-  float* w1;                       // packed (C, H)
-  float* w2;                       // packed (H, M)
-};
-
-static Weights take_weights(const SlimTokens& p, Arena& arena) {
-  return {arena.floats(p.channels), arena.floats(p.channels), arena.floats(p.hidden),
-          arena.floats(packed_size(p.channels, p.hidden)), arena.floats(packed_size(p.hidden, p.slots))};
-}
-
-template <class T>
-void pack_weights(const SlimTokens& p, const Weights& w) {
-  widen_rows(static_cast<const T*>(p.norm_weight), 0, 1, p.channels, w.norm_weight, 0);
-  widen_rows(static_cast<const T*>(p.norm_bias), 0, 1, p.channels, w.norm_bias, 0);
-  widen_rows(static_cast<const T*>(p.b1), 0, 1, p.hidden, w.b1, 0);
-  pack(static_cast<const T*>(p.w1), 1, p.w1_row, p.channels, p.hidden, w.w1);
-  pack(static_cast<const T*>(p.w2), 1, p.w2_row, p.hidden, p.slots, w.w2);
-}
-
 // Calls body(c, count) for each vector of a row of `cols`.
 template <class Body>
 TK_INLINE void for_vectors(int64_t cols, const Body& body) {
@@ -64,6 +42,33 @@ TK_INLINE Floats load_some(const T* from, int count) {
 template <class T>
 TK_INLINE void store_some(T* to, Floats value, int count) {
   count == kLanes ? store(to, value) : store(to, value, count);
+}
+
+static void scale_all(float* values, int64_t count, float scale) {
+  for_vectors(count, [&](int64_t i, int lanes) { store_some(values + i, load_some(values + i, lanes) * scale, lanes); });
+}
+
+// The weights as float32, as every tile reads them.
+struct Weights {
+  float *norm_weight, *norm_bias;  // (C)
+  float* b1;                       // (H)
+  float* w1;                       // packed (C, H)
+  float* w2;                       // packed (H, M), times the scale
+};
+
+static Weights take_weights(const SlimTokens& p, Arena& arena) {
+  return {arena.floats(p.channels), arena.floats(p.channels), arena.floats(p.hidden),
+          arena.floats(packed_size(p.channels, p.hidden)), arena.floats(packed_size(p.hidden, p.slots))};
+}
+
+template <class T>
+void pack_weights(const SlimTokens& p, const Weights& w) {
+  widen_rows(static_cast<const T*>(p.norm_weight), 0, 1, p.channels, w.norm_weight, 0);
+  widen_rows(static_cast<const T*>(p.norm_bias), 0, 1, p.channels, w.norm_bias, 0);
+  widen_rows(static_cast<const T*>(p.b1), 0, 1, p.hidden, w.b1, 0);
+  pack(static_cast<const T*>(p.w1), 1, p.w1_row, p.channels, p.hidden, w.w1);
+  pack(static_cast<const T*>(p.w2), 1, p.w2_row, p.hidden, p.slots, w.w2);
+  scale_all(w.w2, packed_size(p.hidden, p.slots), p.scale);
 }
 
 struct Moments {

@@ -1,13 +1,14 @@
 // The gradients of slim_tokens: a tile of tokens at a time, every product on float32 in cache.
 //
-// The gradients of the tokens need no one but their own tile. Those of the weights are sums over all tiles: each of at most
-// kSplits runs of tiles gathers its own, and these are added in order, so that the bits do not depend on the threads.
+// The gradient of a softmax needs one sum over all tokens of the image; where they are more than a tile, it is made beforehand. The
+// gradients of the weights are sums over all tiles: each of at most kSplits runs of tiles gathers its own, and these are added in
+// order, so that the bits do not depend on the threads.
 #include "cpu/slim_tokens.h"
 
 namespace tk::TK_ISA {
 namespace {
 
-constexpr int64_t kTileTokens = 112;
+constexpr int64_t kTileTokens = 256;
 constexpr int64_t kSplits = 16;
 
 // What a worker needs for one tile of `rows` tokens and for the image that it belongs to.
@@ -18,22 +19,20 @@ struct Workspace {
   float* projected;      // (rows, H)
   float* hidden;         // (rows, H) after the GELU; then its gradient, then that of `projected`
   float* hidden_packed;  // packed (rows, H)
-  float* weights;        // (rows, M): logits before the scale; then softmax weights
-  float* shares;         // (rows, M): gradient of the weights; then of the logits before the scale
+  float* weights;        // (rows, M): logits; then softmax weights
+  float* shares;         // (rows, M): gradient of the weights; then of the logits
   Moments* moments;      // (rows)
   float* grad_by_channel;  // packed (C, M): the image's output gradient, for x · gradᵀ
   float* grad_by_slot;     // packed (M, C): the same, for weights · grad
-  float* along_output;     // (M): ⟨output, its gradient⟩
 };
 
 // The sums that one run of tiles gathers for the weights.
 struct Sums {
   float* w1;           // (H, C)
-  float* w2;           // (M, H)
+  float* w2;           // (M, H), of w2 times the scale
   float* b1;           // (H)
   float* norm_weight;  // (C)
   float* norm_bias;    // (C)
-  float* scale;        // one number
 };
 
 struct Plan {
@@ -57,13 +56,12 @@ Workspace take_workspace(const SlimTokens& p, int64_t rows, Arena& arena) {
   w.moments = reinterpret_cast<Moments*>(arena.bytes(rows * static_cast<int64_t>(sizeof(Moments))));
   w.grad_by_channel = arena.floats(packed_size(p.channels, p.slots));
   w.grad_by_slot = arena.floats(packed_size(p.slots, p.channels));
-  w.along_output = arena.floats(p.slots);
   return w;
 }
 
 Sums take_sums(const SlimTokens& p, Arena& arena) {
   return {arena.floats(p.hidden * p.channels), arena.floats(p.slots * p.hidden), arena.floats(p.hidden),
-          arena.floats(p.channels), arena.floats(p.channels), arena.floats(1)};
+          arena.floats(p.channels), arena.floats(p.channels)};
 }
 
 Plan plan_for(const SlimTokens& p) {
@@ -78,7 +76,8 @@ Plan plan_for(const SlimTokens& p) {
 struct Scratch {
   Weights weights;
   float* w1;  // packed (H, C)
-  float* w2;  // packed (M, H)
+  float* w2;  // packed (M, H), times the scale
+  float* mean_shares;  // (B, tiles, M): over a tile's tokens, the weighted sum of their shares
   char *workspaces, *sums;
 };
 
@@ -87,6 +86,7 @@ Scratch take_scratch(const SlimTokens& p, const Plan& plan, int64_t workers, Are
   s.weights = take_weights(p, arena);
   s.w1 = arena.floats(packed_size(p.hidden, p.channels));
   s.w2 = arena.floats(packed_size(p.slots, p.hidden));
+  s.mean_shares = arena.floats(p.batch * plan.tiles * slot_stride(p));
   s.workspaces = arena.bytes(workers * plan.workspace_bytes);
   s.sums = arena.bytes(plan.splits * plan.sums_bytes);
   return s;
@@ -97,29 +97,30 @@ Sums sums_of(const SlimTokens& p, const Plan& plan, const Scratch& scratch, int6
   return take_sums(p, arena);
 }
 
+Workspace workspace_of(const SlimTokens& p, const Plan& plan, const Scratch& scratch, int64_t worker) {
+  Arena arena{scratch.workspaces + worker * plan.workspace_bytes};
+  return take_workspace(p, plan.rows, arena);
+}
+
 template <class T>
 void enter_image(const SlimTokensBackward& q, int64_t b, const Workspace& w) {
   const SlimTokens& p = q.forward;
   const T* grad = static_cast<const T*>(q.grad_out) + b * q.grad_batch;
   pack(grad, 1, q.grad_slot, p.channels, p.slots, w.grad_by_channel);
   pack(grad, q.grad_slot, 1, p.slots, p.channels, w.grad_by_slot);
-  for (int64_t m = 0; m < p.slots; ++m) {
-    const T* out = static_cast<const T*>(p.out) + (b * p.slots + m) * p.channels;
-    Floats product{};
-    for_vectors(p.channels, [&](int64_t c, int lanes) {
-      product += load_some(out + c, lanes) * load_some(grad + m * q.grad_slot + c, lanes);
-    });
-    w.along_output[m] = sum(product);
-  }
 }
 
-// The forward pass of a tile once more, up to the logits before the scale.
 template <class T>
-void recall_tile(const SlimTokens& p, const Scratch& s, int64_t b, int64_t first, int64_t rows, const Workspace& w) {
+void normalise(const SlimTokens& p, const Scratch& s, int64_t b, int64_t first, int64_t rows, const Workspace& w) {
   for (int64_t i = 0; i < rows; ++i) {
     w.moments[i] = layer_norm(p, s.weights, token<T>(p, b, first + i), w.normal + i * p.channels);
   }
-  pack(w.normal, p.channels, 1, rows, p.channels, w.normal_packed);
+}
+
+// The forward pass of a normalised tile once more, up to the logits; and what each weight's gradient is.
+template <class T>
+void score(const SlimTokens& p, const Scratch& s, int64_t b, int64_t first, int64_t rows, const Workspace& w) {
+  const int64_t slots = slot_stride(p);
   if (p.projected != nullptr) {
     std::memcpy(w.projected, p.projected + (b * p.tokens + first) * p.hidden,
                 static_cast<size_t>(rows * p.hidden) * sizeof(float));
@@ -127,36 +128,46 @@ void recall_tile(const SlimTokens& p, const Scratch& s, int64_t b, int64_t first
     project(p, s.weights, w.normal, rows, w.projected);
   }
   gelu_rows(w.projected, rows * p.hidden, w.hidden);
-  pack(w.hidden, p.hidden, 1, rows, p.hidden, w.hidden_packed);
-  const int64_t slots = slot_stride(p);
   multiply({w.hidden, p.hidden, 1}, s.weights.w2, rows, p.slots, p.hidden, w.weights, slots, false);
+  Left x = {w.values_grad, p.channels, 1};
+  if constexpr (sizeof(T) == sizeof(float)) {
+    x = {token<T>(p, b, first), p.x_token, 1};
+  } else {
+    widen_rows(token<T>(p, b, first), p.x_token, rows, p.channels, w.values_grad, p.channels);
+  }
+  multiply(x, w.grad_by_channel, rows, p.slots, p.channels, w.shares, slots, false);
 }
 
-// Gradient of the softmax: weights and, in `shares`, the gradient of the logits before the scale.
-template <class T>
-void softmax_backward(const SlimTokens& p, int64_t b, int64_t first, int64_t rows, const Workspace& w, const Sums& sums) {
+TK_INLINE Floats weight_of(const float* logits, const float* lse, int lanes) {
+  return exp(load_some(logits, lanes) - load_some(lse, lanes));
+}
+
+void sum_shares(const SlimTokens& p, int64_t b, int64_t rows, const Workspace& w, float* mean_shares) {
   const int64_t slots = slot_stride(p);
-  const T* x = token<T>(p, b, first);
-  if constexpr (sizeof(T) == sizeof(float)) {
-    multiply({x, p.x_token, 1}, w.grad_by_channel, rows, p.slots, p.channels, w.shares, slots, false);
-  } else {
-    widen_rows(x, p.x_token, rows, p.channels, w.values_grad, p.channels);
-    multiply({w.values_grad, p.channels, 1}, w.grad_by_channel, rows, p.slots, p.channels, w.shares, slots, false);
-  }
-  const float* lse = p.lse + b * p.slots;
-  Floats scale_grad{};
-  for (int64_t i = 0; i < rows; ++i) {
-    float *weights = w.weights + i * slots, *shares = w.shares + i * slots;
-    for_vectors(p.slots, [&](int64_t m, int lanes) {
-      const Floats raw = load_some(weights + m, lanes);
-      const Floats weight = exp(raw * p.scale - load_some(lse + m, lanes));
-      const Floats logit_grad = weight * (load_some(shares + m, lanes) - load_some(w.along_output + m, lanes));
-      scale_grad += logit_grad * raw;
-      store_some(weights + m, weight, lanes);
-      store_some(shares + m, logit_grad * p.scale, lanes);
-    });
-  }
-  *sums.scale += sum(scale_grad);
+  for_vectors(p.slots, [&](int64_t m, int lanes) {
+    Floats total{};
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t at = i * slots + m;
+      total += weight_of(w.weights + at, p.lse + b * p.slots + m, lanes) * load_some(w.shares + at, lanes);
+    }
+    store(mean_shares + m, total);
+  });
+}
+
+// From the logits to the softmax weights, and from their shares to the gradient of the logits.
+void softmax_backward(const SlimTokens& p, const Plan& plan, int64_t b, int64_t rows, const Scratch& s, const Workspace& w) {
+  const int64_t slots = slot_stride(p);
+  const float* mean_shares = s.mean_shares + b * plan.tiles * slots;
+  for_vectors(p.slots, [&](int64_t m, int lanes) {
+    Floats mean = load(mean_shares + m);
+    for (int64_t tile = 1; tile < plan.tiles; ++tile) mean += load(mean_shares + tile * slots + m);
+    for (int64_t i = 0; i < rows; ++i) {
+      float *weights = w.weights + i * slots + m, *shares = w.shares + i * slots + m;
+      const Floats weight = weight_of(weights, p.lse + b * p.slots + m, lanes);
+      store_some(weights, weight, lanes);
+      store_some(shares, weight * (load_some(shares, lanes) - mean), lanes);
+    }
+  });
 }
 
 // hidden holds the gradient after the GELU; here it becomes that before the GELU.
@@ -197,14 +208,30 @@ void norm_backward(const SlimTokens& p, const Weights& weights, const T* x, cons
   });
 }
 
-// Tokens [first, first + rows) of image b. `fresh`: the first tile of its run, whose products begin the sums.
+struct Item {
+  int64_t image, number, first, rows;
+};
+
+Item item_at(const SlimTokens& p, const Plan& plan, int64_t item) {
+  const int64_t number = item % plan.tiles, first = part(p.tokens, number, plan.tiles);
+  return {item / plan.tiles, number, first, part(p.tokens, number + 1, plan.tiles) - first};
+}
+
+float* mean_shares_of(const SlimTokens& p, const Scratch& s, int64_t item) { return s.mean_shares + item * slot_stride(p); }
+
+// `fresh`: the first tile of its run, whose products begin the sums.
 template <class T>
-void tile_backward(const SlimTokensBackward& q, const Scratch& s, int64_t b, int64_t first, int64_t rows, bool fresh,
+void tile_backward(const SlimTokensBackward& q, const Plan& plan, const Scratch& s, int64_t item, bool fresh,
                    const Workspace& w, const Sums& sums) {
   const SlimTokens& p = q.forward;
+  const auto [b, number, first, rows] = item_at(p, plan, item);
   const int64_t slots = slot_stride(p);
-  recall_tile<T>(p, s, b, first, rows, w);
-  softmax_backward<T>(p, b, first, rows, w, sums);
+  normalise<T>(p, s, b, first, rows, w);
+  score<T>(p, s, b, first, rows, w);
+  pack(w.normal, p.channels, 1, rows, p.channels, w.normal_packed);
+  pack(w.hidden, p.hidden, 1, rows, p.hidden, w.hidden_packed);
+  if (plan.tiles == 1) sum_shares(p, b, rows, w, mean_shares_of(p, s, item));
+  softmax_backward(p, plan, b, rows, s, w);
   multiply({w.weights, slots, 1}, w.grad_by_slot, rows, p.channels, p.slots, w.values_grad, p.channels, false);
   multiply({w.shares, 1, slots}, w.hidden_packed, p.slots, p.hidden, rows, sums.w2, p.hidden, !fresh);
   multiply({w.shares, slots, 1}, s.w2, rows, p.hidden, p.slots, w.hidden, p.hidden, false);
@@ -225,15 +252,26 @@ void run_of_tiles(const SlimTokensBackward& q, const Plan& plan, const Scratch& 
   std::memset(sums.b1, 0, static_cast<size_t>(p.hidden) * sizeof(float));
   std::memset(sums.norm_weight, 0, static_cast<size_t>(p.channels) * sizeof(float));
   std::memset(sums.norm_bias, 0, static_cast<size_t>(p.channels) * sizeof(float));
-  *sums.scale = 0;
   const int64_t begin = part(p.batch * plan.tiles, split, plan.splits);
   const int64_t end = part(p.batch * plan.tiles, split + 1, plan.splits);
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t b = item / plan.tiles, tile = item % plan.tiles;
-    if (item == begin || tile == 0) enter_image<T>(q, b, w);
-    const int64_t first = part(p.tokens, tile, plan.tiles), last = part(p.tokens, tile + 1, plan.tiles);
-    tile_backward<T>(q, s, b, first, last - first, item == begin, w, sums);
+    if (item == begin || item % plan.tiles == 0) enter_image<T>(q, item / plan.tiles, w);
+    tile_backward<T>(q, plan, s, item, item == begin, w, sums);
   }
+}
+
+// Where images have several tiles: the sums that the softmax's gradient needs.
+template <class T>
+void sum_all_shares(const SlimTokensBackward& q, const Plan& plan, const Scratch& s, int64_t workers, const Pool& pool) {
+  const SlimTokens& p = q.forward;
+  share(pool, workers, p.batch * plan.tiles, [&](int64_t worker, int64_t item) {
+    const Workspace w = workspace_of(p, plan, s, worker);
+    const Item tile = item_at(p, plan, item);
+    enter_image<T>(q, tile.image, w);
+    if (p.projected == nullptr) normalise<T>(p, s, tile.image, tile.first, tile.rows, w);
+    score<T>(p, s, tile.image, tile.first, tile.rows, w);
+    sum_shares(p, tile.image, tile.rows, w, mean_shares_of(p, s, item));
+  });
 }
 
 // Adds what the runs gathered, in their order.
@@ -250,23 +288,41 @@ void add_runs(const Plan& plan, const float* sums, int64_t count, void* to, cons
   });
 }
 
+// The gradient of scale · w2 becomes that of both.
+template <class T>
+void part_scale(const SlimTokensBackward& q, const float* product_grad) {
+  const SlimTokens& p = q.forward;
+  Floats along{};
+  for (int64_t m = 0; m < p.slots; ++m) {
+    const T* w2 = static_cast<const T*>(p.w2) + m * p.w2_row;
+    T* to = static_cast<T*>(q.grad_w2) + m * p.hidden;
+    for_vectors(p.hidden, [&](int64_t j, int lanes) {
+      const Floats grad = load_some(product_grad + m * p.hidden + j, lanes);
+      along += grad * load_some(w2 + j, lanes);
+      store_some(to + j, grad * p.scale, lanes);
+    });
+  }
+  *q.grad_scale = sum(along);
+}
+
 template <class T>
 void backward(const SlimTokensBackward& q, const Plan& plan, const Scratch& s, int64_t workers, const Pool& pool) {
   const SlimTokens& p = q.forward;
   pack_weights<T>(p, s.weights);
   pack(static_cast<const T*>(p.w1), p.w1_row, 1, p.hidden, p.channels, s.w1);
   pack(static_cast<const T*>(p.w2), p.w2_row, 1, p.slots, p.hidden, s.w2);
+  scale_all(s.w2, packed_size(p.slots, p.hidden), p.scale);
+  if (plan.tiles > 1) sum_all_shares<T>(q, plan, s, workers, pool);
   share(pool, workers, plan.splits, [&](int64_t worker, int64_t split) {
-    Arena arena{s.workspaces + worker * plan.workspace_bytes};
-    run_of_tiles<T>(q, plan, s, split, take_workspace(p, plan.rows, arena));
+    run_of_tiles<T>(q, plan, s, split, workspace_of(p, plan, s, worker));
   });
   const Sums sums = sums_of(p, plan, s, 0);
   add_runs<T>(plan, sums.w1, p.hidden * p.channels, q.grad_w1, pool);
-  add_runs<T>(plan, sums.w2, p.slots * p.hidden, q.grad_w2, pool);
+  add_runs<float>(plan, sums.w2, p.slots * p.hidden, sums.w2, pool);
+  part_scale<T>(q, sums.w2);
   add_runs<T>(plan, sums.b1, p.hidden, q.grad_b1, pool);
   add_runs<T>(plan, sums.norm_weight, p.channels, q.grad_norm_weight, pool);
   add_runs<T>(plan, sums.norm_bias, p.channels, q.grad_norm_bias, pool);
-  add_runs<float>(plan, sums.scale, 1, q.grad_scale, pool);
 }
 
 }  // namespace

@@ -33,8 +33,9 @@ def slim_tokens(tensors: tuple[Any, ...], scale: Any, eps: Any, backend: str | N
         floating(OP, "scale", scale, backend)
         rank(OP, "scale", scale, 0)
         same_device(OP, "scale", scale, x, "x")
-    else:
+    elif not isinstance(scale, float):
         number(OP, "scale", scale)
-    number(OP, "eps", eps)
+    if not isinstance(eps, float):
+        number(OP, "eps", eps)
     if not eps > 0:
         fail(OP, "eps", "a number above 0", eps)

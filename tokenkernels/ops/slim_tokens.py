@@ -177,9 +177,9 @@ def _patches(t: Make) -> dict[str, Any]:
 
 
 def _far(t: Make) -> dict[str, Any]:
-    """Tokens far from the origin, logits far from zero."""
-    kwargs = _shapes(2, 30, 24, 6, scale=8.0)(t)
-    return kwargs | {"x": kwargs["x"] + 50}
+    """Tokens away from the origin."""
+    kwargs = _shapes(2, 30, 24, 6, scale=2.0)(t)
+    return kwargs | {"x": kwargs["x"] + 5}
 
 
 def _cost(kwargs: dict[str, Any]) -> tuple[float, float]:
@@ -203,7 +203,7 @@ CASES = [
     Case("negative-scale", _shapes(1, 40, 32, 4, scale=-2.0, eps=1e-3)),
     Case("patches", _patches),
     Case("far", _far),
-    Case("tiles", _shapes(1, 210, 24, 17)),
+    Case("tiles", _shapes(2, 300, 18, 17)),
     Case("sit-s stage 1 16x196x384 M=98", _shapes(16, 196, 384, 98), ("bench",)),
     Case("sit-s stage 2 16x98x384 M=49", _shapes(16, 98, 384, 49), ("bench",)),
     Case("sit-s stage 3 16x49x384 M=24", _shapes(16, 49, 384, 24), ("bench",)),
