@@ -1,4 +1,6 @@
-"""Builds the native parts with CMake and packages two import roots; without a compiler the package installs all the same."""
+"""Builds the native parts with CMake and packages two import roots; without a compiler the package
+installs all the same.
+"""
 
 import os
 import shutil
@@ -19,14 +21,20 @@ class CMakeBuild(build_ext):
         if os.environ.get("TOKENKERNELS_NATIVE", "ON").upper() == "OFF" or not shutil.which("c++"):
             print("tokenkernels: no native build (no C++ compiler, or TOKENKERNELS_NATIVE=OFF)")
             return
-        output = ROOT / "tokenkernels" if self.inplace else Path(self.build_lib).resolve() / "tokenkernels"
+        output = (
+            ROOT / "tokenkernels"
+            if self.inplace
+            else Path(self.build_lib).resolve() / "tokenkernels"
+        )
         build = Path(os.environ.get("TOKENKERNELS_BUILD", ROOT / "build" / "cmake"))
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}", f"-DTOKENKERNELS_OUTPUT={output}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]  # fmt: skip
-        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        }
         subprocess.run(configure, check=True, env=environment)
         subprocess.run(["cmake", "--build", str(build)], check=True, env=environment)
 
@@ -35,7 +43,14 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=["tokenkernels", "tokenkernels.checks", "tokenkernels.ops", "tokenkernels.triton", "tokenmodels", "tokenmodels.sit"],
+    packages=[
+        "tokenkernels",
+        "tokenkernels.checks",
+        "tokenkernels.ops",
+        "tokenkernels.triton",
+        "tokenmodels",
+        "tokenmodels.sit",
+    ],
     package_dir={"tokenkernels": "tokenkernels", "tokenmodels": "python/tokenmodels"},
     ext_modules=[Extension("tokenkernels._torch", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

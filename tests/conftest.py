@@ -1,4 +1,6 @@
-"""What all tests share: the registry, complete; and where the golden tensors are, for those who have them."""
+"""What all tests share: the registry, complete; and where the golden tensors are, for those who
+have them.
+"""
 
 from pathlib import Path
 

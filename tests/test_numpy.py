@@ -1,4 +1,6 @@
-"""tokenkernels.numpy gives, bit for bit, what the native torch functions give; and imports no torch."""
+"""tokenkernels.numpy gives, bit for bit, what the native torch functions give; and imports no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ cases = [
     for case in op.cases
     if "test" in case.tags and op.function is not None and hasattr(tkn, op.function.__name__)
 ]
-every_case = pytest.mark.parametrize(("op", "case"), cases, ids=[f"{op.name}-{case.id}" for op, case in cases])
+every_case = pytest.mark.parametrize(
+    ("op", "case"), cases, ids=[f"{op.name}-{case.id}" for op, case in cases]
+)
 
 
 def to_numpy(value: Any) -> Any:
@@ -47,11 +51,15 @@ def to_torch(value: Any) -> torch.Tensor:
 def arrays_in(value: Any) -> list[np.ndarray]:
     if isinstance(value, np.ndarray):
         return [value]
-    return [a for item in value for a in arrays_in(item)] if isinstance(value, (list, tuple)) else []
+    return (
+        [a for item in value for a in arrays_in(item)] if isinstance(value, (list, tuple)) else []
+    )
 
 
 @every_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
 def test_same_bits_as_torch(op: Op, case: Case, dtype: torch.dtype) -> None:
     if dtype not in case.dtypes:
         pytest.skip("a case of other dtypes")
@@ -68,7 +76,9 @@ def test_every_public_function_is_there() -> None:
     assert {name for name in public if not hasattr(tkn, name)} == set()
 
 
-@pytest.mark.parametrize(("op", "number"), [(op, n) for op in OPS.values() for n in range(len(op.bad))])
+@pytest.mark.parametrize(
+    ("op", "number"), [(op, n) for op in OPS.values() for n in range(len(op.bad))]
+)
 def test_bad_arguments_are_refused_in_the_same_words(op: Op, number: int) -> None:
     change, error, pattern = op.bad[number]
     kwargs = op.cases[0].kwargs(torch.float32)

@@ -14,7 +14,11 @@ from tokenkernels import _op as registry
 from tokenkernels._op import OPS, Case, Op, tensors_in
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INSTRUCTION_SETS = [] if _native.WHY_NOT else [s for s in ("avx512", "avx2", "baseline") if _native.set_instruction_set(s)]
+INSTRUCTION_SETS = (
+    []
+    if _native.WHY_NOT
+    else [s for s in ("avx512", "avx2", "baseline") if _native.set_instruction_set(s)]
+)
 if INSTRUCTION_SETS:
     _native.set_instruction_set(INSTRUCTION_SETS[0])
 BEST = INSTRUCTION_SETS[:1]
@@ -23,8 +27,12 @@ BACKENDS = NATIVE + ["triton"] * any(op.why_not("triton", DEVICE) is None for op
 MAIN = [b for b in BACKENDS if b in ("native", "triton", *(f"native-{s}" for s in BEST))]
 
 test_cases = [(op, case) for op in OPS.values() for case in op.cases if "test" in case.tags]
-every_case = pytest.mark.parametrize(("op", "case"), test_cases, ids=[f"{op.name}-{case.id}" for op, case in test_cases])
-every_op = pytest.mark.parametrize("op", [op for op in OPS.values() if op.cases], ids=lambda op: op.name)
+every_case = pytest.mark.parametrize(
+    ("op", "case"), test_cases, ids=[f"{op.name}-{case.id}" for op, case in test_cases]
+)
+every_op = pytest.mark.parametrize(
+    "op", [op for op in OPS.values() if op.cases], ids=lambda op: op.name
+)
 batched_cases = [(op, case) for op, case in test_cases if op.batch and "coupled" not in case.tags]
 batched_case = pytest.mark.parametrize(
     ("op", "case"), batched_cases, ids=[f"{op.name}-{case.id}" for op, case in batched_cases]
@@ -36,7 +44,10 @@ def arguments(op: Op, case: Case, dtype: torch.dtype = torch.float32) -> dict[st
 
 
 def wide(kwargs: Any) -> Any:
-    return tree_map(lambda t: t.double() if isinstance(t, torch.Tensor) and t.dtype.is_floating_point else t, kwargs)
+    return tree_map(
+        lambda t: t.double() if isinstance(t, torch.Tensor) and t.dtype.is_floating_point else t,
+        kwargs,
+    )
 
 
 def fresh(kwargs: Any) -> Any:
@@ -61,7 +72,9 @@ def run(op: Op, kwargs: dict[str, Any], backend: str) -> list[torch.Tensor]:
 def assert_same_bits(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
     assert len(got) == len(want)
     for number, (g, w) in enumerate(zip(got, want, strict=True)):
-        assert g.shape == w.shape and g.dtype == w.dtype, f"output {number}: {g.shape} {g.dtype}, {w.shape} {w.dtype}"
+        assert g.shape == w.shape and g.dtype == w.dtype, (
+            f"output {number}: {g.shape} {g.dtype}, {w.shape} {w.dtype}"
+        )
         same = g == w
         if g.dtype.is_floating_point:
             same |= g.isnan() & w.isnan()
@@ -69,7 +82,9 @@ def assert_same_bits(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_truth(op: Op, case: Case, dtype: torch.dtype, backend: str) -> None:
     if dtype not in case.dtypes:
@@ -81,7 +96,9 @@ def test_truth(op: Op, case: Case, dtype: torch.dtype, backend: str) -> None:
 
 @every_case
 @pytest.mark.parametrize("backend", MAIN)
-def test_two_runs_give_the_same_bits_and_leave_the_inputs_alone(op: Op, case: Case, backend: str) -> None:
+def test_two_runs_give_the_same_bits_and_leave_the_inputs_alone(
+    op: Op, case: Case, backend: str
+) -> None:
     kwargs = arguments(op, case)
     first = run(op, kwargs, backend)
     if "inplace" not in case.tags:
@@ -93,7 +110,9 @@ def test_two_runs_give_the_same_bits_and_leave_the_inputs_alone(op: Op, case: Ca
 @batched_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("backend", MAIN)
-def test_an_image_does_not_depend_on_its_batch(op: Op, case: Case, dtype: torch.dtype, backend: str) -> None:
+def test_an_image_does_not_depend_on_its_batch(
+    op: Op, case: Case, dtype: torch.dtype, backend: str
+) -> None:
     if dtype not in case.dtypes:
         pytest.skip("a case of other dtypes")
     whole = run(op, arguments(op, case, dtype), backend)
@@ -122,12 +141,19 @@ def _rows(op: Op, kwargs: dict[str, Any], rows: slice) -> dict[str, Any]:
     def take(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value[rows]
-        if isinstance(value, (list, tuple)) and value and isinstance(value[0], (torch.Tensor, list, tuple)):
+        if (
+            isinstance(value, (list, tuple))
+            and value
+            and isinstance(value[0], (torch.Tensor, list, tuple))
+        ):
             return type(value)(take(item) for item in value)
         return value
 
     sliced = {name: take(value) if name in op.batch else value for name, value in kwargs.items()}
-    return {n: v[rows] if isinstance(v, list) and len(v) == size and isinstance(v[0], int) else v for n, v in sliced.items()}
+    return {
+        n: v[rows] if isinstance(v, list) and len(v) == size and isinstance(v[0], int) else v
+        for n, v in sliced.items()
+    }
 
 
 @batched_case
@@ -135,7 +161,9 @@ def _rows(op: Op, kwargs: dict[str, Any], rows: slice) -> dict[str, Any]:
 def test_an_empty_batch_gives_empty_results(op: Op, case: Case, backend: str) -> None:
     kwargs = _rows(op, arguments(op, case), slice(0, 0))
     want = op.run(kwargs, "reference")
-    assert_same_bits([t for t in run(op, kwargs, backend) if t.numel() == 0], [t for t in want if t.numel() == 0])
+    assert_same_bits(
+        [t for t in run(op, kwargs, backend) if t.numel() == 0], [t for t in want if t.numel() == 0]
+    )
 
 
 def _inside_a_larger_buffer(x: Any) -> Any:
@@ -143,7 +171,11 @@ def _inside_a_larger_buffer(x: Any) -> Any:
     if not isinstance(x, torch.Tensor) or x.ndim < 2:
         return x
     shape = [s + 1 for s in x.shape[:-1]] + [x.shape[-1] + 3]
-    buffer = torch.full(shape, torch.nan if x.dtype.is_floating_point else 1, dtype=torch.float32).to(x.dtype).to(x.device)
+    buffer = (
+        torch.full(shape, torch.nan if x.dtype.is_floating_point else 1, dtype=torch.float32)
+        .to(x.dtype)
+        .to(x.device)
+    )
     view = buffer[tuple(slice(0, s) for s in x.shape[:-1]) + (slice(1, 1 + x.shape[-1]),)]
     return view.copy_(x)
 
@@ -153,12 +185,17 @@ def _last_dimension_apart(x: Any) -> Any:
 
 
 @every_case
-@pytest.mark.parametrize("strides", [_inside_a_larger_buffer, _last_dimension_apart], ids=["rows", "columns"])
+@pytest.mark.parametrize(
+    "strides", [_inside_a_larger_buffer, _last_dimension_apart], ids=["rows", "columns"]
+)
 @pytest.mark.parametrize("backend", MAIN)
 def test_strides_do_not_matter(op: Op, case: Case, strides: Any, backend: str) -> None:
     if "inplace" in case.tags and strides is _last_dimension_apart:
         pytest.skip("in place, the last dimension must be contiguous")
-    assert_same_bits(run(op, tree_map(strides, arguments(op, case)), backend), run(op, arguments(op, case), backend))
+    assert_same_bits(
+        run(op, tree_map(strides, arguments(op, case)), backend),
+        run(op, arguments(op, case), backend),
+    )
 
 
 @every_case
@@ -176,7 +213,9 @@ def test_memory_that_arrives_poisoned_does_not_show(op: Op, case: Case, backend:
 @every_case
 @pytest.mark.parametrize("backend", ["reference", *MAIN])
 def test_registration(op: Op, case: Case, backend: str) -> None:
-    """opcheck of every schema op that a call reaches, with gradients asked for where there are any."""
+    """opcheck of every schema op that a call reaches, with gradients asked for where there are
+    any.
+    """
     kwargs = arguments(op, case)
     for name in op.differentiable:
         for tensor in tensors_in(kwargs.get(name)):
@@ -184,7 +223,12 @@ def test_registration(op: Op, case: Case, backend: str) -> None:
     with registry.recording() as calls:
         run(op, kwargs, backend)
     assert calls
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    tests = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    )
     for _, overload, args in calls:
         torch.library.opcheck(overload, args, test_utils=tests if DEVICE == "cpu" else tests[:3])
 
@@ -201,16 +245,22 @@ class _Whole(torch.nn.Module):
 
 @every_case
 def test_compile_in_one_graph(op: Op, case: Case) -> None:
-    """The public function is compiled without a break, the compiled one is called, and gives what eager gives."""
+    """The public function is compiled without a break, the compiled one is called, and gives what
+    eager gives.
+    """
     if op.function is None or "uncompilable" in case.tags:
-        pytest.skip("no public function to compile" if op.function is None else "needs a value on the host")
+        pytest.skip(
+            "no public function to compile" if op.function is None else "needs a value on the host"
+        )
     kwargs = arguments(op, case)
     backend = MAIN[0].partition("-")[0]
     module = _Whole(op, kwargs, backend)
     tensors = {n: v for n, v in kwargs.items() if tensors_in(v)}
     want = run(op, arguments(op, case), MAIN[0])
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+    with torch._dynamo.config.patch(
+        capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True
+    ):
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         assert_same_bits(compiled(fresh(tensors)), want)
         with torch._dynamo.config.patch(error_on_recompile=True):
@@ -229,7 +279,10 @@ def test_another_size_does_not_recompile(op: Op) -> None:
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
     tensors = {n: v for n, v in kwargs.items() if tensors_in(v)}
     compiled(tensors)
-    repeated = {n: tree_map(lambda t: torch.cat([t, t]), v) if n in op.batch else v for n, v in tensors.items()}
+    repeated = {
+        n: tree_map(lambda t: torch.cat([t, t]), v) if n in op.batch else v
+        for n, v in tensors.items()
+    }
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled(repeated if size > 1 else tensors)
 
@@ -252,10 +305,19 @@ def test_gradient(op: Op, case: Case, backend: str) -> None:
         pytest.skip("no gradient")
 
     def gradients(kwargs: dict[str, Any], kind: str) -> list[torch.Tensor]:
-        inputs = [t for n in op.differentiable for t in tensors_in(kwargs.get(n)) if t.dtype.is_floating_point]
+        inputs = [
+            t
+            for n in op.differentiable
+            for t in tensors_in(kwargs.get(n))
+            if t.dtype.is_floating_point
+        ]
         for tensor in inputs:
             tensor.requires_grad_()
-        outputs = [t for t in (run(op, kwargs, kind) if kind != "reference" else op.run(kwargs, kind)) if t.requires_grad]
+        outputs = [
+            t
+            for t in (run(op, kwargs, kind) if kind != "reference" else op.run(kwargs, kind))
+            if t.requires_grad
+        ]
         make = torch.Generator().manual_seed(7)
         seeds = [torch.randn(t.shape, generator=make).to(t.device).to(t.dtype) for t in outputs]
         found = torch.autograd.grad(outputs, inputs, seeds, allow_unused=True)
@@ -272,7 +334,9 @@ def test_gradient_of_the_reference(op: Op, case: Case) -> None:
     if not op.differentiable or "no-gradcheck" in case.tags:
         pytest.skip("no gradient, or a step in it")
     kwargs = wide(arguments(op, case))
-    slots = [t for n in op.differentiable for t in tensors_in(kwargs.get(n)) if t.dtype.is_floating_point]
+    slots = [
+        t for n in op.differentiable for t in tensors_in(kwargs.get(n)) if t.dtype.is_floating_point
+    ]
 
     def function(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         swap = {id(s): v for s, v in zip(slots, values, strict=True)}
@@ -286,7 +350,9 @@ def test_gradient_of_the_reference(op: Op, case: Case) -> None:
 bad_entries = [(op, number) for op in OPS.values() for number in range(len(op.bad))]
 
 
-@pytest.mark.parametrize(("op", "number"), bad_entries, ids=[f"{op.name}-{n}" for op, n in bad_entries])
+@pytest.mark.parametrize(
+    ("op", "number"), bad_entries, ids=[f"{op.name}-{n}" for op, n in bad_entries]
+)
 @pytest.mark.parametrize("backend", [None, "reference", "native"])
 def test_errors(op: Op, number: int, backend: str | None) -> None:
     change, error, pattern = op.bad[number]
@@ -302,12 +368,43 @@ def test_errors(op: Op, number: int, backend: str | None) -> None:
 def test_unknown_backend_is_refused() -> None:
     for op in OPS.values():
         if op.cases:
-            with pytest.raises(ValueError, match="backend: allowed native, triton, reference, got 'cpu'"):
+            with pytest.raises(
+                ValueError, match="backend: allowed native, triton, reference, got 'cpu'"
+            ):
                 op.run(arguments(op, op.cases[0]), "cpu")
 
 
-JUNK = [None, -1, 0, 1, 7, 2**40, -(2**63), 1.5, float("nan"), "x", "", [], [1], [-1, 2, 3], (), {}, b"", object(), True]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.bool, torch.uint8]
+JUNK = [
+    None,
+    -1,
+    0,
+    1,
+    7,
+    2**40,
+    -(2**63),
+    1.5,
+    float("nan"),
+    "x",
+    "",
+    [],
+    [1],
+    [-1, 2, 3],
+    (),
+    {},
+    b"",
+    object(),
+    True,
+]
+DTYPES = [
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.bool,
+    torch.uint8,
+]
 
 
 def _junk(draw: random.Random, like: Any) -> Any:
@@ -317,7 +414,11 @@ def _junk(draw: random.Random, like: Any) -> Any:
         if kind == 0:
             return like.to(draw.choice(DTYPES))
         if kind == 1:
-            return like[draw.randrange(like.shape[0] + 1) :] if like.ndim and like.shape[0] else like.reshape(-1)
+            return (
+                like[draw.randrange(like.shape[0] + 1) :]
+                if like.ndim and like.shape[0]
+                else like.reshape(-1)
+            )
         if kind == 2:
             return like.expand(2, *like.shape) if draw.random() < 0.5 else like.flatten()
         return like * draw.choice([-1, 0, 1000]) if like.dtype != torch.bool else ~like
@@ -331,14 +432,18 @@ def _junk(draw: random.Random, like: Any) -> Any:
     return draw.choice(JUNK)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS.values() if op.function and op.cases], ids=lambda op: op.name)
+@pytest.mark.parametrize(
+    "op", [op for op in OPS.values() if op.function and op.cases], ids=lambda op: op.name
+)
 def test_ten_thousand_bad_calls_end_in_words(op: Op) -> None:
     draw = random.Random(op.name)
     cases = [case for case in op.cases if "test" in case.tags]
     prepared = [arguments(op, case) for case in cases]
     for _ in range(10_000):
         number = draw.randrange(len(cases))
-        kwargs = fresh(prepared[number]) if "inplace" in cases[number].tags else dict(prepared[number])
+        kwargs = (
+            fresh(prepared[number]) if "inplace" in cases[number].tags else dict(prepared[number])
+        )
         for name in draw.sample(sorted(kwargs), min(len(kwargs), draw.randint(1, 2))):
             kwargs[name] = _junk(draw, kwargs[name])
         try:

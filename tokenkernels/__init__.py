@@ -1,7 +1,9 @@
-"""Fused kernels for models that drown in redundant tokens: merge, score, gather, aggregate, quantise, compact.
+"""Fused kernels for models that drown in redundant tokens: merge, score, gather, aggregate,
+quantise, compact.
 
-Every function takes torch tensors and runs on the best backend of their device; `tokenkernels.numpy` has the same functions for NumPy
-arrays. `python -m tokenkernels doctor` says what is there and why not.
+Every function takes torch tensors and runs on the best backend of their device;
+`tokenkernels.numpy` has the same functions for NumPy arrays. `python -m tokenkernels doctor` says
+what is there and why not.
 """
 
 from __future__ import annotations

@@ -38,7 +38,9 @@ class Make:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an op: `make` draws the keyword arguments, `tags` say who uses it ("test", "bench")."""
+    """One call of an op: `make` draws the keyword arguments, `tags` say who uses it ("test",
+    "bench").
+    """
 
     id: str
     make: Callable[[Make], dict[str, Any]]
@@ -49,26 +51,35 @@ class Case:
         return self.make(Make(self.id, dtype, device))
 
 
-def close(got: list[torch.Tensor], want: list[torch.Tensor], low: list[torch.Tensor], length: float) -> None:
+def close(
+    got: list[torch.Tensor], want: list[torch.Tensor], low: list[torch.Tensor], length: float
+) -> None:
     """Integers are equal; floats are as close as their dtype and a sum of `length` terms allow.
 
-    `want` was computed in float64, `low` by the reference in the dtype of `got`. A float32 sum of n terms of random sign is off by
-    about eps·√n of the largest result; twice that, and 8 eps for the functions around it, is the bound. In half precision the
-    error may be twice the reference's own, or one rounding.
+    `want` was computed in float64, `low` by the reference in the dtype of `got`. A float32 sum of n
+    terms of random sign is off by about eps·√n of the largest result; twice that, and 8 eps for the
+    functions around it, is the bound. In half precision the error may be twice the reference's own,
+    or one rounding.
     """
     assert len(got) == len(want) == len(low), f"{len(got)} outputs instead of {len(want)}"
     for number, (g, w, r) in enumerate(zip(got, want, low, strict=True)):
-        assert g.shape == w.shape, f"output {number}: shape {tuple(g.shape)} instead of {tuple(w.shape)}"
+        assert g.shape == w.shape, (
+            f"output {number}: shape {tuple(g.shape)} instead of {tuple(w.shape)}"
+        )
         assert g.dtype == r.dtype, f"output {number}: dtype {g.dtype} instead of {r.dtype}"
         if not g.dtype.is_floating_point:
-            assert torch.equal(g, w), f"output {number}: integers differ at {(g != w).nonzero()[:4].tolist()}"
+            assert torch.equal(g, w), (
+                f"output {number}: integers differ at {(g != w).nonzero()[:4].tolist()}"
+            )
             continue
         if g.numel() == 0:
             continue
         g, w, r = g.double(), w.double(), r.double()
         assert torch.equal(g.isnan(), w.isnan()), f"output {number}: NaN in other places"
         finite = w.isfinite()
-        assert torch.equal(g[~finite & ~w.isnan()], w[~finite & ~w.isnan()]), f"output {number}: infinities differ"
+        assert torch.equal(g[~finite & ~w.isnan()], w[~finite & ~w.isnan()]), (
+            f"output {number}: infinities differ"
+        )
         if not finite.any():
             continue
         error, scale = (g - w)[finite].abs().max().item(), w[finite].abs().max().item()
@@ -77,4 +88,6 @@ def close(got: list[torch.Tensor], want: list[torch.Tensor], low: list[torch.Ten
             bound = eps * (8 + 2 * length**0.5) * scale
         else:
             bound = max(2 * (r - w)[finite].abs().max().item(), eps * scale)
-        assert error <= bound, f"output {number}: error {error:.3g}, bound {bound:.3g}, scale {scale:.3g}"
+        assert error <= bound, (
+            f"output {number}: error {error:.3g}, bound {bound:.3g}, scale {scale:.3g}"
+        )

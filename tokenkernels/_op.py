@@ -1,4 +1,6 @@
-"""Op, the registry, and the choice of a backend: every fact about an op is declared once and read from here."""
+"""Op, the registry, and the choice of a backend: every fact about an op is declared once and read
+from here.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,9 @@ from ._case import Case, Make, close
 __all__ = ["OPS", "Case", "Make", "Op", "autocast", "tensors_in"]
 
 LIB = torch.library.Library("tokenkernels", "DEF")
+LIB.define(
+    "fill(Tensor x, float value) -> Tensor"
+)  # CUDA only: doctor asks it whether the build's GPU code runs
 OPS: dict[str, Op] = {}
 BACKENDS = ("native", "triton", "reference")
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
@@ -39,10 +44,12 @@ def _zero_cost(kwargs: dict[str, Any]) -> tuple[float, float]:
 class Op:
     """One operation: building the object defines its overloads, their shapes and their gradient.
 
-    `schema` is a torch schema without namespace. `reference` and `fake` take its arguments; `function` is the public function that
-    `cases` call by keyword (without one, cases hold the schema's arguments in order). `cost` gives the bytes and flops that a call must
-    at least move and do, `length` its longest sum, `supports` a reason per backend that cannot run it. `backward(run, ctx, *grads)` calls
-    other ops through `run(OP, *args)`, which keeps to the overload that ran forward.
+    `schema` is a torch schema without namespace. `reference` and `fake` take its arguments;
+    `function` is the public function that `cases` call by keyword (without one, cases hold the
+    schema's arguments in order). `cost` gives the bytes and flops that a call must at least move
+    and do, `length` its longest sum, `supports` a reason per backend that cannot run it.
+    `backward(run, ctx, *grads)` calls other ops through `run(OP, *args)`, which keeps to the
+    overload that ran forward.
     """
 
     schema: str
@@ -101,13 +108,19 @@ class Op:
         order = (backend,) if backend else BACKENDS
         return next((kind for kind in order if self.why_not(kind, device) is None), None)
 
-    def why_not(self, backend: str, device: str, kwargs: dict[str, Any] | None = None) -> str | None:
-        """None where `backend` can run this op on `device` (with these arguments), else the reason in words."""
+    def why_not(
+        self, backend: str, device: str, kwargs: dict[str, Any] | None = None
+    ) -> str | None:
+        """None where `backend` can run this op on `device` (with these arguments), else the reason
+        in words.
+        """
         if backend == "native":
             if _native.WHY_NOT:
                 return _native.WHY_NOT
             key = DEVICES.get(device, "")
-            if not key or not torch._C._dispatch_has_kernel_for_dispatch_key(f"tokenkernels::{self.name}", key):
+            if not key or not torch._C._dispatch_has_kernel_for_dispatch_key(
+                f"tokenkernels::{self.name}", key
+            ):
                 return f"the shared object has no {self.name} for {device}"
         if backend == "triton" and "triton" not in self._kinds:
             return f"there is no Triton kernel of {self.name}"
@@ -134,10 +147,16 @@ class Op:
 
     def _refusal(self, backend: str | None, device: str) -> Exception:
         if backend is not None and backend not in BACKENDS:
-            return ValueError(f"{self.name}: backend: allowed {', '.join(BACKENDS)}, got {backend!r}")
+            return ValueError(
+                f"{self.name}: backend: allowed {', '.join(BACKENDS)}, got {backend!r}"
+            )
         if backend is None:
-            return RuntimeError(f"{self.name}: nothing runs on device {device!r}; backend=\"reference\" does")
-        return RuntimeError(f"{self.name}: backend {backend!r} cannot run: {self.why_not(backend, device)}")
+            return RuntimeError(
+                f'{self.name}: nothing runs on device {device!r}; backend="reference" does'
+            )
+        return RuntimeError(
+            f"{self.name}: backend {backend!r} cannot run: {self.why_not(backend, device)}"
+        )
 
     def run(self, kwargs: dict[str, Any], backend: str | None = None) -> list[torch.Tensor]:
         """Calls the op with the arguments of a case and lays its results flat."""
@@ -146,8 +165,16 @@ class Op:
         device = next(t.device.type for t in tensors_in(list(kwargs.values())))
         return tensors_in(self(backend, device, *kwargs.values()))
 
-    def check(self, got: list[torch.Tensor], want: list[torch.Tensor], low: list[torch.Tensor], kwargs: dict[str, Any]) -> None:
-        """Raises AssertionError where `got` is not as close to `want` (reference in float64) as this op must be."""
+    def check(
+        self,
+        got: list[torch.Tensor],
+        want: list[torch.Tensor],
+        low: list[torch.Tensor],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Raises AssertionError where `got` is not as close to `want` (reference in float64) as
+        this op must be.
+        """
         if self.compare is not None:
             self.compare(got, want, low, kwargs)
         else:
@@ -170,7 +197,9 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors as autocast wants them: floating ones in its dtype where it is on for their device."""
+    """The tensors as autocast wants them: floating ones in its dtype where it is on for their
+    device.
+    """
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
@@ -180,7 +209,9 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 @contextmanager
 def recording() -> Iterator[list[tuple[Any, Any, tuple[Any, ...]]]]:
-    """Collects (op, overload, arguments) of every schema op called inside: what opcheck wants to see."""
+    """Collects (op, overload, arguments) of every schema op called inside: what opcheck wants to
+    see.
+    """
     global _recorder
     before, calls = _recorder, []
     _recorder = calls

@@ -1,4 +1,6 @@
-"""What ops refuse, for torch tensors and NumPy arrays alike; imports neither. Every message: op, argument, allowed, got."""
+"""What ops refuse, for torch tensors and NumPy arrays alike; imports neither. Every message: op,
+argument, allowed, got.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ FLOATS = ("float32", "float16", "bfloat16")
 DEFAULT_BACKEND: str | None = None
 
 
-def fail(op: str, name: str, allowed: str, got: Any, error: type[Exception] = ValueError) -> NoReturn:
+def fail(
+    op: str, name: str, allowed: str, got: Any, error: type[Exception] = ValueError
+) -> NoReturn:
     """Raises `error` in the one form that every refusal has."""
     raise error(f"{op}: {name}: allowed {allowed}, got {got}")
 
@@ -36,7 +40,13 @@ def floating(op: str, name: str, x: Any, backend: str | None = None) -> str:
     if known == "float64":
         if (backend or DEFAULT_BACKEND) == "reference":
             return known
-        fail(op, name, 'float32, float16, bfloat16 (float64 only with backend="reference")', known, TypeError)
+        fail(
+            op,
+            name,
+            'float32, float16, bfloat16 (float64 only with backend="reference")',
+            known,
+            TypeError,
+        )
     fail(op, name, "a tensor of float32, float16, bfloat16", known or _describe(x), TypeError)
 
 
@@ -55,7 +65,9 @@ def rank(op: str, name: str, x: Any, *allowed: int) -> None:
 def shape(op: str, name: str, x: Any, *expected: int | None) -> None:
     """x has exactly this shape; None stands for any size."""
     got = getattr(x, "shape", ())
-    if len(got) != len(expected) or any(e is not None and e != g for e, g in zip(expected, got, strict=True)):
+    if len(got) != len(expected) or any(
+        e is not None and e != g for e, g in zip(expected, got, strict=True)
+    ):
         sizes = ", ".join("*" if e is None else str(e) for e in expected)
         fail(op, name, f"shape ({sizes})", _describe(x))
 

@@ -20,7 +20,9 @@ def gather_topk(
     fuse: Any,
     backend: str | None = None,
 ) -> list[int]:
-    """Raises where an argument is off; returns the budgets: one for all images or one per image; [0] with a threshold."""
+    """Raises where an argument is off; returns the budgets: one for all images or one per image;
+    [0] with a threshold.
+    """
     floating(OP, "scores", scores, backend)
     rank(OP, "scores", scores, 2)
     batch, tokens = scores.shape
@@ -30,7 +32,12 @@ def gather_topk(
     for x in tensors:
         rank(OP, "x", x, 2, 3)
         if x.shape[0] != batch or x.shape[1] != prefix + tokens:
-            fail(OP, "x", f"(B, P+N) = ({batch}, {prefix + tokens}) as first dimensions", tuple(x.shape))
+            fail(
+                OP,
+                "x",
+                f"(B, P+N) = ({batch}, {prefix + tokens}) as first dimensions",
+                tuple(x.shape),
+            )
         same_device(OP, "x", x, scores, "scores")
         if fuse is not None:
             floating(OP, "x (with fuse)", x, backend)

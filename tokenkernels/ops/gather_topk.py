@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-
-from .._op import Case, Make, Op, autocast
+from .._op import Op, autocast
+from ..cases import gather_topk as cases
 from ..checks.gather_topk import gather_topk as _check
 
 
@@ -35,23 +35,28 @@ def gather_topk(
 ) -> Selected:
     """Gathers the k highest-scored tokens of every image; prefix tokens pass through in front.
 
-    Ties go to the lower index; −0 equals +0; a NaN score ranks below −inf. Gradient to every floating x, and with `fuse` to the scores.
-    No host synchronisation, but one where `k` is a tensor or `threshold` is given.
+    Ties go to the lower index; −0 equals +0; a NaN score ranks below −inf. Gradient to every
+    floating x, and with `fuse` to the scores. No host synchronisation, but one where `k` is a
+    tensor or `threshold` is given.
 
     Args:
-        x: (B, P+N, C) or (B, P+N), or a sequence of up to 16 such tensors of any dtype (hidden states, positions, sizes), gathered by
-            one selection. A last dimension that is not contiguous costs a copy.
+        x: (B, P+N, C) or (B, P+N), or a sequence of up to 16 such tensors of any dtype (hidden
+            states, positions, sizes), gathered by one selection. A last dimension that is not
+            contiguous costs a copy.
         scores: (B, N), float32, float16 or bfloat16.
         k: Tokens to keep, 0…N; a sequence of B ints (or an int tensor (B)) for a budget per image.
-        keep: (B, N) bool, tokens that are always in and count towards k; of more than k, the k best-scored ones.
+        keep: (B, N) bool, tokens that are always in and count towards k; of more than k, the k
+            best-scored ones.
         prefix: P, leading tokens (class token, registers) that are kept and not scored.
         order: "index" ascending, so that positions survive, or "score" descending.
         threshold: Instead of k: all tokens with score ≥ threshold.
-        fuse: "sum" or "mean" appends one more token: the score-weighted sum Σ s·x of the dropped tokens, or that over Σ s (EViT).
+        fuse: "sum" or "mean" appends one more token: the score-weighted sum Σ s·x of the dropped
+            tokens, or that over Σ s (EViT).
         backend: "native", "triton" or "reference"; the best one there by default.
 
     Returns:
-        tokens: with an int k (B, P+k(+1), C); else packed (total, C). A tuple where x is a sequence.
+        tokens: with an int k (B, P+k(+1), C); else packed (total, C). A tuple where x is a
+            sequence.
         index: int64, the chosen tokens, counted behind the prefix: (B, k), or packed.
         offsets: int64 (B+1), the first row of every image in the packed tokens.
 
@@ -59,7 +64,8 @@ def gather_topk(
         ValueError: shapes that do not fit, k outside 0…N, both or none of k and threshold.
         TypeError: dtypes outside the list, integer x with fuse.
 
-    Source: EViT (Liang et al. 2022), eq. 4–5 for the fused token; FastV, VisionZip for the selection.
+    Source: EViT (Liang et al. 2022), eq. 4–5 for the fused token; FastV, VisionZip for the
+        selection.
 
     Example:
         >>> import torch, tokenkernels as tk
@@ -73,8 +79,18 @@ def gather_topk(
     tensors = autocast(*tensors)
     ragged = k is not None and not isinstance(k, int)
     outputs, index, offsets = OP(
-        backend, scores.device.type, tensors, scores, keep, budgets, ragged, threshold, prefix, order, fuse or ""
-    )  # fmt: skip
+        backend,
+        scores.device.type,
+        tensors,
+        scores,
+        keep,
+        budgets,
+        ragged,
+        threshold,
+        prefix,
+        order,
+        fuse or "",
+    )
     return Selected(outputs[0] if one else tuple(outputs), index, offsets)
 
 
@@ -85,7 +101,9 @@ def _ranking(scores: Tensor) -> Tensor:
     return by_value[torch.sort(scores[by_value].isnan().int(), stable=True).indices]
 
 
-def _choose(scores: Tensor, keep: Tensor | None, budget: int | None, threshold: float | None, order: str) -> Tensor:
+def _choose(
+    scores: Tensor, keep: Tensor | None, budget: int | None, threshold: float | None, order: str
+) -> Tensor:
     ranking = _ranking(scores)
     if budget is None:
         chosen = scores >= threshold
@@ -113,14 +131,22 @@ def _fused_row(x: Tensor, scores: Tensor, chosen: Tensor, fuse: str) -> Tensor:
 
 
 def _reference(
-    tensors: list[Tensor], scores: Tensor, keep: Tensor | None, k: list[int], ragged: bool, threshold: float | None,
-    prefix: int, order: str, fuse: str,
-) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    tensors: list[Tensor],
+    scores: Tensor,
+    keep: Tensor | None,
+    k: list[int],
+    ragged: bool,
+    threshold: float | None,
+    prefix: int,
+    order: str,
+    fuse: str,
+) -> tuple[list[Tensor], Tensor, Tensor]:
     batch = scores.shape[0]
     dense = threshold is None and not ragged
     budgets = [None] * batch if threshold is not None else k if ragged else k * batch
     chosen = [
-        _choose(scores[b], None if keep is None else keep[b], budgets[b], threshold, order) for b in range(batch)
+        _choose(scores[b], None if keep is None else keep[b], budgets[b], threshold, order)
+        for b in range(batch)
     ]
     outputs = []
     for x in tensors:
@@ -130,18 +156,29 @@ def _reference(
             if fuse:
                 parts.append(_fused_row(x[b, prefix:], scores[b], chosen[b], fuse))
             rows.append(torch.cat(parts))
-        empty = x.new_empty((0, prefix + k[0] + bool(fuse), *x.shape[2:]) if dense else (0, *x.shape[2:]))
+        empty = x.new_empty(
+            (0, prefix + k[0] + bool(fuse), *x.shape[2:]) if dense else (0, *x.shape[2:])
+        )
         outputs.append((torch.stack(rows) if dense else torch.cat(rows)) if rows else empty)
-    lengths = torch.tensor([0, *(prefix + len(c) + bool(fuse) for c in chosen)], device=scores.device)
+    lengths = torch.tensor(
+        [0, *(prefix + len(c) + bool(fuse) for c in chosen)], device=scores.device
+    )
     if not chosen:
         return outputs, scores.new_empty((0, k[0]) if dense else (0,), dtype=torch.int64), lengths
     return outputs, torch.stack(chosen) if dense else torch.cat(chosen), lengths.cumsum(0)
 
 
 def _fake(
-    tensors: list[Tensor], scores: Tensor, keep: Tensor | None, k: list[int], ragged: bool, threshold: float | None,
-    prefix: int, order: str, fuse: str,
-) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    tensors: list[Tensor],
+    scores: Tensor,
+    keep: Tensor | None,
+    k: list[int],
+    ragged: bool,
+    threshold: float | None,
+    prefix: int,
+    order: str,
+    fuse: str,
+) -> tuple[list[Tensor], Tensor, Tensor]:
     batch = scores.shape[0]
     extra = prefix + bool(fuse)
     offsets = scores.new_empty(batch + 1, dtype=torch.int64)
@@ -162,17 +199,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.save_for_backward(index, offsets, scores, *kept)
 
 
-def _backward(run: Any, ctx: Any, grads: list[Tensor | None], _index: Any, _offsets: Any) -> tuple[Any, ...]:
+def _backward(
+    run: Any, ctx: Any, grads: list[Tensor | None], _index: Any, _offsets: Any
+) -> tuple[Any, ...]:
     index, offsets, scores, *tensors = ctx.saved_tensors
     wanted = [g for g, floating in zip(grads, ctx.floating, strict=True) if floating]
-    results, scores_grad = run(BACKWARD, wanted, index, offsets, tensors, scores, ctx.prefix, ctx.fuse)
+    results, scores_grad = run(
+        BACKWARD, wanted, index, offsets, tensors, scores, ctx.prefix, ctx.fuse
+    )
     results = iter(results)
     x_grads = [next(results) if floating else None for floating in ctx.floating]
     return x_grads, scores_grad.to(scores.dtype) if ctx.fuse else None, *[None] * 7
 
 
 def _backward_reference(
-    gradients: list[Tensor], index: Tensor, offsets: Tensor, tensors: list[Tensor], scores: Tensor, prefix: int, fuse: str
+    gradients: list[Tensor],
+    index: Tensor,
+    offsets: Tensor,
+    tensors: list[Tensor],
+    scores: Tensor,
+    prefix: int,
+    fuse: str,
 ) -> tuple[list[Tensor], Tensor]:
     batch, tokens = scores.shape
     wide = torch.promote_types(gradients[0].dtype if gradients else scores.dtype, torch.float32)
@@ -186,24 +233,39 @@ def _backward_reference(
         gradient = gradient.flatten(0, 1) if index.ndim == 2 else gradient
         result = gradient.new_zeros((batch, prefix + tokens, *gradient.shape[1:]))
         for b in range(batch):
-            rows, chosen = gradient[starts[b] : starts[b + 1]], packed[starts[b] - b * extra : starts[b + 1] - (b + 1) * extra]
+            rows, chosen = (
+                gradient[starts[b] : starts[b + 1]],
+                packed[starts[b] - b * extra : starts[b + 1] - (b + 1) * extra],
+            )
             result[b, :prefix] = rows[:prefix]
             if fuse:
                 dropped = torch.ones_like(weights[b], dtype=torch.bool).index_fill(0, chosen, False)
-                w, g, x = weights[b][dropped], rows[-1].to(wide).reshape(-1), tensors[t][b, prefix:][dropped].to(wide)
+                w, g, x = (
+                    weights[b][dropped],
+                    rows[-1].to(wide).reshape(-1),
+                    tensors[t][b, prefix:][dropped].to(wide),
+                )
                 share = x.reshape(len(w), len(g)) @ g
                 total = w.sum() if fuse == "mean" and w.sum() != 0 else w.new_ones(())
                 if fuse == "mean" and w.sum() != 0:
                     share = share - (w @ share) / total
                 scores_grad[b, dropped] += share / total
-                result[b, prefix:][dropped] = (w[:, None] / total * g).reshape(x.shape).to(result.dtype)
+                result[b, prefix:][dropped] = (
+                    (w[:, None] / total * g).reshape(x.shape).to(result.dtype)
+                )
             result[b, prefix + chosen] = rows[prefix : prefix + len(chosen)]
         results.append(result)
     return results, scores_grad.to(torch.promote_types(torch.float32, scores_grad.dtype))
 
 
 def _backward_fake(
-    gradients: list[Tensor], index: Tensor, offsets: Tensor, tensors: list[Tensor], scores: Tensor, prefix: int, fuse: str
+    gradients: list[Tensor],
+    index: Tensor,
+    offsets: Tensor,
+    tensors: list[Tensor],
+    scores: Tensor,
+    prefix: int,
+    fuse: str,
 ) -> tuple[list[Tensor], Tensor]:
     batch, tokens = scores.shape
     results = [g.new_empty((batch, prefix + tokens, *g.shape[index.ndim :])) for g in gradients]
@@ -211,112 +273,23 @@ def _backward_fake(
     return results, scores.new_empty((batch, tokens) if fuse else (0, 0), dtype=wide)
 
 
-def _simple(batch: int, tokens: int, channels: int, prefix: int = 0, **options: Any) -> Any:
-    def make(t: Make) -> dict[str, Any]:
-        return {"x": t.randn(batch, prefix + tokens, channels), "scores": t.rand(batch, tokens), "prefix": prefix} | options
-
-    return make
-
-
-def _tuple(t: Make) -> dict[str, Any]:
-    hidden, scores = t.randn(2, 21, 12), t.randn(2, 20, dtype=torch.float32)
-    positions, sizes = torch.arange(42, device=t.device).reshape(2, 21), t.rand(2, 21, dtype=torch.float32)
-    return {"x": (hidden, positions, sizes), "scores": scores, "k": [3, 20], "prefix": 1, "order": "score"}
-
-
-def _kept(k: int) -> Any:
-    def make(t: Make) -> dict[str, Any]:
-        return {"x": t.randn(3, 33, 5), "scores": t.randn(3, 33), "k": k, "keep": t.bool(0.3, (3, 33)), "fuse": "sum"}
-
-    return make
-
-
-def _hard_scores(t: Make) -> dict[str, Any]:
-    scores = t.randint(-2, 3, (4, 70)).to(t.dtype)
-    scores[0] = 0.0
-    scores[1, ::3] = torch.nan
-    scores[2, ::2] = -torch.inf
-    scores[3, ::5] = -0.0
-    return {"x": t.randn(4, 70, 3), "scores": scores, "k": 41, "order": "score"}
-
-
-def _strided(t: Make) -> dict[str, Any]:
-    return {"x": t.randn(20, 3, 2, 8).transpose(0, 1)[:, :, 1], "scores": t.rand(20, 3).T, "k": 7, "fuse": "mean"}
-
-
-def _bench(batch: int, tokens: int, channels: int, k: int) -> Any:
-    def make(t: Make) -> dict[str, Any]:
-        return {"x": t.randn(batch, tokens, channels), "scores": t.randn(batch, tokens).softmax(-1), "k": k}
-
-    return make
-
-
-def _cost(kwargs: dict[str, Any]) -> tuple[float, float]:
-    x = (kwargs["x"],) if isinstance(kwargs["x"], Tensor) else kwargs["x"]
-    scores, k = kwargs["scores"], kwargs.get("k")
-    batch, tokens = scores.shape
-    chosen = k * batch if isinstance(k, int) else sum(k) if k is not None else batch * tokens
-    rows = chosen + batch * kwargs.get("prefix", 0)
-    moved = sum(2 * rows * t.element_size() * t[0, 0].numel() for t in x)
-    fused = bool(kwargs.get("fuse")) * sum((batch * tokens - chosen) * t.element_size() * t[0, 0].numel() for t in x)
-    return moved + fused + scores.numel() * scores.element_size(), 0
-
-
-CASES = [
-    Case("k", _simple(3, 37, 19, k=11)),
-    Case("k-all-prefix", _simple(2, 16, 8, prefix=2, k=16)),
-    Case("k-none", _simple(2, 9, 4, prefix=1, k=0)),
-    Case("score-order", _simple(2, 40, 16, k=13, order="score")),
-    Case("ragged", _simple(3, 24, 6, prefix=1, k=[5, 0, 24])),
-    Case("threshold", _simple(3, 50, 7, prefix=1, threshold=0.6)),
-    Case("threshold-fuse", _simple(2, 50, 33, threshold=0.5, order="score", fuse="mean")),
-    Case("fuse-sum", _simple(2, 30, 70, prefix=1, k=9, fuse="sum")),
-    Case("fuse-mean", _simple(2, 30, 18, k=30, fuse="mean")),
-    Case("tuple", _tuple),
-    Case("keep-few", _kept(20)),
-    Case("keep-many", _kept(4)),
-    Case("ties-nan-inf", _hard_scores, ("test", "no-gradcheck")),
-    Case("strided", _strided),
-    Case("evit 128x196x768 k=137", _bench(128, 196, 768, 137), ("bench",)),
-    Case("visionzip 16x576x1024 k=64", _bench(16, 576, 1024, 64), ("bench",)),
-    Case("next 4x2880x4096 k=320", _bench(4, 2880, 4096, 320), ("bench",)),
-    Case("video 1x32768x3584 k=8192", _bench(1, 32768, 3584, 8192), ("bench",)),
-]
-
 BACKWARD = Op(
-    schema="gather_topk_backward(Tensor[] gradients, Tensor index, Tensor offsets, Tensor[] tensors, Tensor scores, "
-    "SymInt prefix, str fuse) -> (Tensor[], Tensor)",
+    schema="gather_topk_backward(Tensor[] gradients, Tensor index, Tensor offsets, "
+    "Tensor[] tensors, Tensor scores, SymInt prefix, str fuse) -> (Tensor[], Tensor)",
     reference=_backward_reference,
     fake=_backward_fake,
     cases=[],
 )
 
 OP = Op(
-    schema="gather_topk(Tensor[] tensors, Tensor scores, Tensor? keep, SymInt[] k, bool ragged, float? threshold, "
-    "SymInt prefix, str order, str fuse) -> (Tensor[], Tensor, Tensor)",
+    schema="gather_topk(Tensor[] tensors, Tensor scores, Tensor? keep, SymInt[] k, bool ragged, "
+    "float? threshold, SymInt prefix, str order, str fuse) -> (Tensor[], Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
     function=gather_topk,
-    cases=CASES,
-    bad=[
-        (lambda kw: {"k": -1}, ValueError, "gather_topk: k: allowed 0"),
-        (lambda kw: {"k": 38}, ValueError, "gather_topk: k: allowed 0"),
-        (lambda kw: {"k": 2.5}, TypeError, "gather_topk: k: allowed an int"),
-        (lambda kw: {"k": [1, 2]}, ValueError, "gather_topk: k: allowed an int, or 3 ints"),
-        (lambda kw: {"k": None}, ValueError, "exactly one"),
-        (lambda kw: {"threshold": 0.5}, ValueError, "exactly one"),
-        (lambda kw: {"x": kw["x"][0]}, ValueError, "gather_topk: x: allowed"),
-        (lambda kw: {"x": ()}, ValueError, "gather_topk: x: allowed 1"),
-        (lambda kw: {"scores": kw["scores"].long()}, TypeError, "gather_topk: scores: allowed a tensor of float32"),
-        (lambda kw: {"scores": kw["scores"][:, 1:]}, ValueError, "gather_topk: x: allowed"),
-        (lambda kw: {"scores": kw["scores"].double()}, TypeError, 'backend="reference"'),
-        (lambda kw: {"keep": kw["scores"]}, TypeError, "gather_topk: keep: allowed a tensor of bool"),
-        (lambda kw: {"order": "random"}, ValueError, "gather_topk: order: allowed 'index', 'score'"),
-        (lambda kw: {"fuse": "max"}, ValueError, "gather_topk: fuse: allowed"),
-        (lambda kw: {"x": kw["x"].long(), "fuse": "sum"}, TypeError, "with fuse"),
-        (lambda kw: {"prefix": 1}, ValueError, "gather_topk: x: allowed"),
-    ],
-    cost=_cost,
+    cases=cases.CASES,
+    bad=cases.BAD,
+    cost=cases.cost,
     length=lambda kwargs: kwargs["scores"].shape[1] if kwargs.get("fuse") else 1,
     differentiable=("x", "scores"),
     backward=_backward,

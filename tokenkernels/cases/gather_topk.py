@@ -1,0 +1,144 @@
+"""The inputs that gather_topk is tried on, the calls it refuses, and what a call must cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._case import Case, Make
+
+
+def _simple(batch: int, tokens: int, channels: int, prefix: int = 0, **options: Any) -> Any:
+    def make(t: Make) -> dict[str, Any]:
+        return {
+            "x": t.randn(batch, prefix + tokens, channels),
+            "scores": t.rand(batch, tokens),
+            "prefix": prefix,
+        } | options
+
+    return make
+
+
+def _tuple(t: Make) -> dict[str, Any]:
+    hidden, scores = t.randn(2, 21, 12), t.randn(2, 20, dtype=torch.float32)
+    positions, sizes = (
+        torch.arange(42, device=t.device).reshape(2, 21),
+        t.rand(2, 21, dtype=torch.float32),
+    )
+    return {
+        "x": (hidden, positions, sizes),
+        "scores": scores,
+        "k": [3, 20],
+        "prefix": 1,
+        "order": "score",
+    }
+
+
+def _kept(k: int) -> Any:
+    def make(t: Make) -> dict[str, Any]:
+        return {
+            "x": t.randn(3, 33, 5),
+            "scores": t.randn(3, 33),
+            "k": k,
+            "keep": t.bool(0.3, (3, 33)),
+            "fuse": "sum",
+        }
+
+    return make
+
+
+def _hard_scores(t: Make) -> dict[str, Any]:
+    scores = t.randint(-2, 3, (4, 70)).to(t.dtype)
+    scores[0] = 0.0
+    scores[1, ::3] = torch.nan
+    scores[2, ::2] = -torch.inf
+    scores[3, ::5] = -0.0
+    return {"x": t.randn(4, 70, 3), "scores": scores, "k": 41, "order": "score"}
+
+
+def _strided(t: Make) -> dict[str, Any]:
+    return {
+        "x": t.randn(20, 3, 2, 8).transpose(0, 1)[:, :, 1],
+        "scores": t.rand(20, 3).T,
+        "k": 7,
+        "fuse": "mean",
+    }
+
+
+def _bench(batch: int, tokens: int, channels: int, k: int) -> Any:
+    def make(t: Make) -> dict[str, Any]:
+        return {
+            "x": t.randn(batch, tokens, channels),
+            "scores": t.randn(batch, tokens).softmax(-1),
+            "k": k,
+        }
+
+    return make
+
+
+def cost(kwargs: dict[str, Any]) -> tuple[float, float]:
+    x = (kwargs["x"],) if isinstance(kwargs["x"], Tensor) else kwargs["x"]
+    scores, k = kwargs["scores"], kwargs.get("k")
+    batch, tokens = scores.shape
+    chosen = k * batch if isinstance(k, int) else sum(k) if k is not None else batch * tokens
+    rows = chosen + batch * kwargs.get("prefix", 0)
+    moved = sum(2 * rows * t.element_size() * t[0, 0].numel() for t in x)
+    fused = bool(kwargs.get("fuse")) * sum(
+        (batch * tokens - chosen) * t.element_size() * t[0, 0].numel() for t in x
+    )
+    return moved + fused + scores.numel() * scores.element_size(), 0
+
+
+CASES = [
+    Case("k", _simple(3, 37, 19, k=11)),
+    Case("k-all-prefix", _simple(2, 16, 8, prefix=2, k=16)),
+    Case("k-none", _simple(2, 9, 4, prefix=1, k=0)),
+    Case("score-order", _simple(2, 40, 16, k=13, order="score")),
+    Case("ragged", _simple(3, 24, 6, prefix=1, k=[5, 0, 24])),
+    Case("threshold", _simple(3, 50, 7, prefix=1, threshold=0.6)),
+    Case("threshold-fuse", _simple(2, 50, 33, threshold=0.5, order="score", fuse="mean")),
+    Case("fuse-sum", _simple(2, 30, 70, prefix=1, k=9, fuse="sum")),
+    Case("fuse-mean", _simple(2, 30, 18, k=30, fuse="mean")),
+    Case("tuple", _tuple),
+    Case("keep-few", _kept(20)),
+    Case("keep-many", _kept(4)),
+    Case("ties-nan-inf", _hard_scores, ("test", "no-gradcheck")),
+    Case("strided", _strided),
+    Case("evit 128x196x768 k=137", _bench(128, 196, 768, 137), ("bench",)),
+    Case("visionzip 16x576x1024 k=64", _bench(16, 576, 1024, 64), ("bench",)),
+    Case("next 4x2880x4096 k=320", _bench(4, 2880, 4096, 320), ("bench",)),
+    Case("video 1x32768x3584 k=8192", _bench(1, 32768, 3584, 8192), ("bench",)),
+]
+
+BAD = [
+    (lambda kw: {"k": -1}, ValueError, "gather_topk: k: allowed 0"),
+    (lambda kw: {"k": 38}, ValueError, "gather_topk: k: allowed 0"),
+    (lambda kw: {"k": 2.5}, TypeError, "gather_topk: k: allowed an int"),
+    (lambda kw: {"k": [1, 2]}, ValueError, "gather_topk: k: allowed an int, or 3 ints"),
+    (lambda kw: {"k": None}, ValueError, "exactly one"),
+    (lambda kw: {"threshold": 0.5}, ValueError, "exactly one"),
+    (lambda kw: {"x": kw["x"][0]}, ValueError, "gather_topk: x: allowed"),
+    (lambda kw: {"x": ()}, ValueError, "gather_topk: x: allowed 1"),
+    (
+        lambda kw: {"scores": kw["scores"].long()},
+        TypeError,
+        "gather_topk: scores: allowed a tensor of float32",
+    ),
+    (lambda kw: {"scores": kw["scores"][:, 1:]}, ValueError, "gather_topk: x: allowed"),
+    (lambda kw: {"scores": kw["scores"].double()}, TypeError, 'backend="reference"'),
+    (
+        lambda kw: {"keep": kw["scores"]},
+        TypeError,
+        "gather_topk: keep: allowed a tensor of bool",
+    ),
+    (
+        lambda kw: {"order": "random"},
+        ValueError,
+        "gather_topk: order: allowed 'index', 'score'",
+    ),
+    (lambda kw: {"fuse": "max"}, ValueError, "gather_topk: fuse: allowed"),
+    (lambda kw: {"x": kw["x"].long(), "fuse": "sum"}, TypeError, "with fuse"),
+    (lambda kw: {"prefix": 1}, ValueError, "gather_topk: x: allowed"),
+]
