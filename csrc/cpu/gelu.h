@@ -6,27 +6,28 @@
 namespace tk::TK_ISA {
 namespace {
 
-// erf, absolute error below 2e-7: an odd rational function on [−4, 4], where float32 has reached ±1.
-TK_INLINE Floats erf(Floats x) {
-  const Floats z = max(min(x, splat(4.0f)), splat(-4.0f));
-  const Floats y = z * z;
-  Floats p = splat(-2.72614225801306e-10f);
-  p = p * y + 2.77068142495902e-08f;
-  p = p * y + -2.10102402082508e-06f;
-  p = p * y + -5.69250639462346e-05f;
-  p = p * y + -7.34990630326855e-04f;
-  p = p * y + -2.95459980854025e-03f;
-  p = p * y + -1.60960333262415e-02f;
-  Floats q = splat(-1.45660718464996e-05f);
-  q = q * y + -2.13374055278905e-04f;
-  q = q * y + -1.68282697438203e-03f;
-  q = q * y + -7.37332916720468e-03f;
-  q = q * y + -1.42647390514189e-02f;
-  return select(x != x, x, z * p / q);
+// Φ(u), absolute error below 1e-7. Near zero an odd polynomial for erf; in the tails e to a polynomial for 1 − erf, so that
+// nothing cancels there.
+TK_INLINE Floats normal_cdf(Floats u) {
+  const Floats a = u * 0.70710678118654752f;
+  const Floats s = a * a;
+  const Floats t = a < 0.0f ? -a : a;
+  Floats centre = splat(-5.96761703e-4f);
+  centre = centre * s + 4.99119423e-3f;
+  centre = centre * s + -2.67681349e-2f;
+  centre = centre * s + 1.12819925e-1f;
+  centre = centre * s + -3.76125336e-1f;
+  centre = centre * s + 1.28379166e-1f;
+  centre = centre * a + a;
+  Floats power = (t * -1.72853470e-5f + 3.83197126e-4f) * s + (t * -3.88396438e-3f + 2.42546219e-2f);
+  power = power * t + -1.06777877e-1f;
+  power = power * t + -6.34846687e-1f;
+  power = power * t + -1.28717512e-1f;
+  power = power * t - t;
+  const Floats tail = exp(power) * 0.5f;
+  const Floats outside = select(a < 0.0f, tail, 1.0f - tail);
+  return select(t > 0.927734375f, outside, centre * 0.5f + 0.5f);
 }
-
-// Φ(u)
-TK_INLINE Floats normal_cdf(Floats u) { return erf(u * 0.70710678118654752f) * 0.5f + 0.5f; }
 
 TK_INLINE Floats gelu(Floats u) { return u * normal_cdf(u); }
 

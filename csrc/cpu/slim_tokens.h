@@ -71,8 +71,11 @@ void pack_weights(const SlimTokens& p, const Weights& w) {
   scale_all(w.w2, packed_size(p.hidden, p.slots), p.scale);
 }
 
+// Of one token's channels. `rest` is what `mean` lost by rounding: far from the origin it is not small.
 struct Moments {
-  float mean, rstd;
+  float mean, rest, rstd;
+
+  TK_INLINE Floats standard(Floats value) const { return ((value - mean) - rest) * rstd; }
 };
 
 // One row to zero mean and unit variance, times weight, plus bias.
@@ -80,23 +83,22 @@ template <class T>
 Moments layer_norm(const SlimTokens& p, const Weights& w, const T* from, float* to) {
   const auto channels = static_cast<float>(p.channels);
   Floats total{};
-  for_vectors(p.channels, [&](int64_t c, int count) {
-    const Floats value = load_some(from + c, count);
-    store_some(to + c, value, count);
-    total += value;
-  });
+  for_vectors(p.channels, [&](int64_t c, int count) { total += load_some(from + c, count); });
   const float mean = sum(total) / channels;
-  Floats squares{};
+  Floats rests{}, squares{};
   for_vectors(p.channels, [&](int64_t c, int count) {
-    const Floats centred = select(iota() < splat_int(count), load_some(to + c, count) - mean, splat(0.0f));
+    const Floats centred = select(iota() < splat_int(count), load_some(from + c, count) - mean, splat(0.0f));
+    rests += centred;
     squares += centred * centred;
   });
-  const float rstd = 1.0f / __builtin_sqrtf(sum(squares) / channels + p.eps);
+  const float rest = sum(rests) / channels;
+  const float variance = sum(squares) / channels - rest * rest;
+  const Moments moments = {mean, rest, 1.0f / __builtin_sqrtf(variance + p.eps)};
   for_vectors(p.channels, [&](int64_t c, int count) {
-    const Floats normal = (load_some(to + c, count) - mean) * rstd;
-    store_some(to + c, normal * load_some(w.norm_weight + c, count) + load_some(w.norm_bias + c, count), count);
+    const Floats standard = moments.standard(load_some(from + c, count));
+    store_some(to + c, standard * load_some(w.norm_weight + c, count) + load_some(w.norm_bias + c, count), count);
   });
-  return {mean, rstd};
+  return moments;
 }
 
 template <class T>

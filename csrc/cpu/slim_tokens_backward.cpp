@@ -77,7 +77,7 @@ struct Scratch {
   Weights weights;
   float* w1;  // packed (H, C)
   float* w2;  // packed (M, H), times the scale
-  float* mean_shares;  // (B, tiles, M): over a tile's tokens, the weighted sum of their shares
+  float* totals;  // (B, tiles, 2, M): over a tile's tokens, the sum of their weights, and of their weighted shares
   char *workspaces, *sums;
 };
 
@@ -86,7 +86,7 @@ Scratch take_scratch(const SlimTokens& p, const Plan& plan, int64_t workers, Are
   s.weights = take_weights(p, arena);
   s.w1 = arena.floats(packed_size(p.hidden, p.channels));
   s.w2 = arena.floats(packed_size(p.slots, p.hidden));
-  s.mean_shares = arena.floats(p.batch * plan.tiles * slot_stride(p));
+  s.totals = arena.floats(p.batch * plan.tiles * 2 * slot_stride(p));
   s.workspaces = arena.bytes(workers * plan.workspace_bytes);
   s.sums = arena.bytes(plan.splits * plan.sums_bytes);
   return s;
@@ -142,28 +142,37 @@ TK_INLINE Floats weight_of(const float* logits, const float* lse, int lanes) {
   return exp(load_some(logits, lanes) - load_some(lse, lanes));
 }
 
-void sum_shares(const SlimTokens& p, int64_t b, int64_t rows, const Workspace& w, float* mean_shares) {
+void sum_shares(const SlimTokens& p, int64_t b, int64_t rows, const Workspace& w, float* totals) {
   const int64_t slots = slot_stride(p);
   for_vectors(p.slots, [&](int64_t m, int lanes) {
-    Floats total{};
+    Floats weights{}, shares{};
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = i * slots + m;
-      total += weight_of(w.weights + at, p.lse + b * p.slots + m, lanes) * load_some(w.shares + at, lanes);
+      const Floats weight = weight_of(w.weights + at, p.lse + b * p.slots + m, lanes);
+      weights += weight;
+      shares += weight * load_some(w.shares + at, lanes);
     }
-    store(mean_shares + m, total);
+    store(totals + m, weights);
+    store(totals + slots + m, shares);
   });
 }
 
-// From the logits to the softmax weights, and from their shares to the gradient of the logits.
+// From the logits to the softmax weights, and from their shares to the gradient of the logits. The weights are divided by their sum
+// once more: a large `lse` is too coarse to make it one.
 void softmax_backward(const SlimTokens& p, const Plan& plan, int64_t b, int64_t rows, const Scratch& s, const Workspace& w) {
   const int64_t slots = slot_stride(p);
-  const float* mean_shares = s.mean_shares + b * plan.tiles * slots;
   for_vectors(p.slots, [&](int64_t m, int lanes) {
-    Floats mean = load(mean_shares + m);
-    for (int64_t tile = 1; tile < plan.tiles; ++tile) mean += load(mean_shares + tile * slots + m);
+    Floats total{}, mean{};
+    for (int64_t tile = 0; tile < plan.tiles; ++tile) {
+      const float* totals = s.totals + (b * plan.tiles + tile) * 2 * slots;
+      total += load(totals + m);
+      mean += load(totals + slots + m);
+    }
+    const Floats inverse = 1.0f / total;
+    mean *= inverse;
     for (int64_t i = 0; i < rows; ++i) {
       float *weights = w.weights + i * slots + m, *shares = w.shares + i * slots + m;
-      const Floats weight = weight_of(weights, p.lse + b * p.slots + m, lanes);
+      const Floats weight = weight_of(weights, p.lse + b * p.slots + m, lanes) * inverse;
       store_some(weights, weight, lanes);
       store_some(shares, weight * (load_some(shares, lanes) - mean), lanes);
     }
@@ -191,7 +200,7 @@ void norm_backward(const SlimTokens& p, const Weights& weights, const T* x, cons
   Floats total{}, along{};
   for_vectors(p.channels, [&](int64_t c, int lanes) {
     const Floats grad = load_some(normal_grad + c, lanes);
-    const Floats standard = (load_some(x + c, lanes) - moments.mean) * moments.rstd;
+    const Floats standard = moments.standard(load_some(x + c, lanes));
     const Floats scaled = grad * load_some(weights.norm_weight + c, lanes);
     total += scaled;
     along += scaled * standard;
@@ -201,7 +210,7 @@ void norm_backward(const SlimTokens& p, const Weights& weights, const T* x, cons
   const auto channels = static_cast<float>(p.channels);
   const float mean = sum(total) / channels, slope = sum(along) / channels;
   for_vectors(p.channels, [&](int64_t c, int lanes) {
-    const Floats standard = (load_some(x + c, lanes) - moments.mean) * moments.rstd;
+    const Floats standard = moments.standard(load_some(x + c, lanes));
     const Floats scaled = load_some(normal_grad + c, lanes) * load_some(weights.norm_weight + c, lanes);
     const Floats through_norm = (scaled - mean - standard * slope) * moments.rstd;
     store_some(to + c, load_some(values_grad + c, lanes) + through_norm, lanes);
@@ -217,7 +226,7 @@ Item item_at(const SlimTokens& p, const Plan& plan, int64_t item) {
   return {item / plan.tiles, number, first, part(p.tokens, number + 1, plan.tiles) - first};
 }
 
-float* mean_shares_of(const SlimTokens& p, const Scratch& s, int64_t item) { return s.mean_shares + item * slot_stride(p); }
+float* totals_of(const SlimTokens& p, const Scratch& s, int64_t item) { return s.totals + item * 2 * slot_stride(p); }
 
 // `fresh`: the first tile of its run, whose products begin the sums.
 template <class T>
@@ -230,7 +239,7 @@ void tile_backward(const SlimTokensBackward& q, const Plan& plan, const Scratch&
   score<T>(p, s, b, first, rows, w);
   pack(w.normal, p.channels, 1, rows, p.channels, w.normal_packed);
   pack(w.hidden, p.hidden, 1, rows, p.hidden, w.hidden_packed);
-  if (plan.tiles == 1) sum_shares(p, b, rows, w, mean_shares_of(p, s, item));
+  if (plan.tiles == 1) sum_shares(p, b, rows, w, totals_of(p, s, item));
   softmax_backward(p, plan, b, rows, s, w);
   multiply({w.weights, slots, 1}, w.grad_by_slot, rows, p.channels, p.slots, w.values_grad, p.channels, false);
   multiply({w.shares, 1, slots}, w.hidden_packed, p.slots, p.hidden, rows, sums.w2, p.hidden, !fresh);
@@ -270,7 +279,7 @@ void sum_all_shares(const SlimTokensBackward& q, const Plan& plan, const Scratch
     enter_image<T>(q, tile.image, w);
     if (p.projected == nullptr) normalise<T>(p, s, tile.image, tile.first, tile.rows, w);
     score<T>(p, s, tile.image, tile.first, tile.rows, w);
-    sum_shares(p, tile.image, tile.rows, w, mean_shares_of(p, s, item));
+    sum_shares(p, tile.image, tile.rows, w, totals_of(p, s, item));
   });
 }
 
