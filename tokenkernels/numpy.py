@@ -13,6 +13,7 @@ import numpy as np
 
 from . import checks
 from .checks.gather_topk import gather_topk as _check_gather_topk
+from .checks.slim_tokens import slim_tokens as _check_slim_tokens
 
 try:
     from . import _numpy as _core
@@ -70,3 +71,19 @@ def gather_topk(
         order == "score", _FUSE[fuse],
     )  # fmt: skip
     return Selected(tokens[0] if one else tuple(tokens), index, offsets)
+
+
+def slim_tokens(
+    x: Array,
+    norm_weight: Array,
+    norm_bias: Array,
+    w1: Array,
+    b1: Array,
+    w2: Array,
+    scale: Array | float = 1.0,
+    *,
+    eps: float = 1e-5,
+) -> Array:
+    """Replaces N tokens by M weighted means of them; see `tokenkernels.slim_tokens`."""
+    _check_slim_tokens((x, norm_weight, norm_bias, w1, b1, w2), scale, eps)
+    return _core.slim_tokens(x, norm_weight, norm_bias, w1, b1, w2, float(scale), eps)

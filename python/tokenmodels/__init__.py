@@ -1,1 +1,1 @@
-"""Token-reduction methods assembled from the functions of `tokenkernels`; each reads like its paper."""
+"""Token-reduction methods, assembled from `tokenkernels`; each reads like its paper."""

@@ -11,7 +11,7 @@ NAMES = ("norm_weight", "norm_bias", "w1", "b1", "w2")
 
 
 def slim_tokens(tensors: tuple[Any, ...], scale: Any, eps: Any, backend: str | None = None) -> None:
-    """Raises where one of x, norm_weight, norm_bias, w1, b1, w2 (in this order), scale or eps is off."""
+    """Raises where x, norm_weight, norm_bias, w1, b1, w2 (`tensors`), scale or eps are off."""
     x, *weights = tensors
     floating(OP, "x", x, backend)
     rank(OP, "x", x, 3)
@@ -21,11 +21,20 @@ def slim_tokens(tensors: tuple[Any, ...], scale: Any, eps: Any, backend: str | N
     if x.shape[1] < 1 or channels < 1:
         fail(OP, "x", "at least one token and one channel", f"shape {tuple(x.shape)}")
     if hidden < 1 or slots < 1:
-        fail(OP, "w1, w2", "at least one row", f"shapes {tuple(weights[2].shape)}, {tuple(weights[4].shape)}")
+        fail(
+            OP,
+            "w1, w2",
+            "at least one row",
+            f"shapes {tuple(weights[2].shape)}, {tuple(weights[4].shape)}",
+        )
     sizes = ((channels,), (channels,), (hidden, channels), (hidden,), (slots, hidden))
     dtype, device = x.dtype, x.device
     for name, weight, size in zip(NAMES, weights, sizes, strict=True):
-        if getattr(weight, "dtype", None) != dtype or weight.shape != size or weight.device != device:
+        if (
+            getattr(weight, "dtype", None) != dtype
+            or weight.shape != size
+            or weight.device != device
+        ):
             same_dtype(OP, name, weight, x, "x")
             shape(OP, name, weight, *size)
             same_device(OP, name, weight, x, "x")

@@ -1,4 +1,4 @@
-"""SiT, the self-slimmed vision transformer: a ViT whose patch tokens are softly aggregated stage by stage."""
+"""SiT, the self-slimmed vision transformer: its patch tokens are softly aggregated by stages."""
 
 from tokenmodels.sit.checkpoint import from_official, infer_config
 from tokenmodels.sit.config import VARIANTS, SiTConfig

@@ -21,8 +21,8 @@ _RENAMES = (
     (re.compile(r"^tsm\.(\d+)\.scale$"), lambda m: f"slims.{m[1]}.logit_scale"),
 )
 
-# Only used in training (rtsm), never used (aux_head), or without effect: the last bias of a slimming
-# module is constant along its softmax.
+# Only used in training (rtsm), never used (aux_head), or without effect: the last bias of a
+# slimming module is constant along its softmax.
 _UNUSED = re.compile(r"^rtsm\.|^aux_head\.|^tsm\.\d+\.weight\.3\.bias$")
 
 
@@ -76,7 +76,9 @@ def infer_config(state_dict: Mapping[str, Tensor]) -> SiTConfig:
     depth = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("blocks."))
     convs = sum(bool(re.fullmatch(r"patch_embed\.conv\d+\.weight", name)) for name in state_dict)
     if convs != 4:
-        raise ValueError(f"from_official: state_dict: allowed: a stem of 4 convolutions, got {convs}")
+        raise ValueError(
+            f"from_official: state_dict: allowed a stem of 4 convolutions, got {convs}"
+        )
     slim = any(name.startswith("tsm.") for name in state_dict)
     return SiTConfig(
         dim=dim,
@@ -98,7 +100,7 @@ def _stages(state_dict: Mapping[str, Tensor], depth: int) -> tuple[int, ...]:
     slims = len({name.split(".")[1] for name in state_dict if name.startswith("tsm.")})
     if len(ends) != slims:
         raise ValueError(
-            "from_official: config: allowed: a SiTConfig where the state dict has no rtsm.* "
+            "from_official: config: allowed a SiTConfig where the state dict has no rtsm.* "
             f"weights to tell the {slims} slimming places, got None"
         )
     return tuple(b - a for a, b in pairwise([0, *ends, depth]))

@@ -47,11 +47,11 @@ class SiTConfig:
     def __post_init__(self) -> None:
         if sum(self.stages) != self.depth:
             raise ValueError(
-                f"SiTConfig: stages: allowed: a sum of depth={self.depth}, got {self.stages}"
+                f"SiTConfig: stages: allowed a sum of depth={self.depth}, got {self.stages}"
             )
         if self.dim % self.heads:
             raise ValueError(
-                f"SiTConfig: heads: allowed: a divisor of dim={self.dim}, got {self.heads}"
+                f"SiTConfig: heads: allowed a divisor of dim={self.dim}, got {self.heads}"
             )
 
     @property

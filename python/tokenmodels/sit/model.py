@@ -167,7 +167,7 @@ class SiT(nn.Module):
         patches = self.stem(images)
         if patches.shape[1] + 1 != self.pos_embed.shape[1]:
             raise ValueError(
-                f"SiT: images: allowed: {self.config.grid} x {self.config.grid} patches, as in "
+                f"SiT: images: allowed {self.config.grid} x {self.config.grid} patches, as in "
                 f"{self.config.image_size} x {self.config.image_size} pixels, "
                 f"got {tuple(images.shape)}"
             )
