@@ -21,7 +21,7 @@ struct Pool {
 // A kernel that finds a bad value in an index or length tensor says so here; the binding turns it into an error.
 enum class Status : int32_t { kOk, kBadValue };
 
-// The instruction set in use ("avx512", "avx2", "baseline"); tests choose another one, which must be supported.
+// The instruction set in use ("avx512bf16", "avx512", "avx2", "baseline"); tests choose another one, which must be supported.
 const char* instruction_set();
 bool set_instruction_set(const char* name);
 
@@ -112,6 +112,31 @@ struct AggregateSoft {
   float* lse;                 // (B, M): logarithm of the sum of exponentials of a slot, −inf where no token takes part
   float* weights;             // (B, N, M), the softmax itself, or null
 };
+Status aggregate_soft(const AggregateSoft& params, const Pool& pool);
+int64_t aggregate_soft_scratch(const AggregateSoft& params, int threads);
+
+// The gradients. A null output is not wanted.
+struct AggregateSoftBackward {
+  DType dtype;  // of gradient, query, key, value, tokens and their gradients
+  int64_t B, M, N, E, C;
+  Matrices query, key, value;
+  PerToken<float> bias;
+  PerToken<bool> mask;
+  float scale;
+  const float* scale_tensor;
+  Matrices gradient;     // (B, M, C)
+  Matrices tokens;       // (B, M, C), what the forward call gave
+  const float* lse;      // (B, M), contiguous
+  const float* weights;  // (B, N, M), contiguous, or null: made again from lse
+  void* scratch;
+  void* query_grad;      // (M, E) where the query is shared, else (B, M, E)
+  void* key_grad;        // (B, N, E)
+  void* value_grad;      // (B, N, C)
+  float* bias_grad;      // (B, N)
+  float* scale_grad;     // one number; its weights are always made again
+};
+Status aggregate_soft_backward(const AggregateSoftBackward& params, const Pool& pool);
+int64_t aggregate_soft_backward_scratch(const AggregateSoftBackward& params, int threads);
 
 // aggregate_logits: the same with given logits.
 struct AggregateLogits {
@@ -124,6 +149,23 @@ struct AggregateLogits {
   void* out;            // (B, M, C)
   float* lse;           // (B, M)
 };
+Status aggregate_logits(const AggregateLogits& params, const Pool& pool);
+int64_t aggregate_logits_scratch(const AggregateLogits& params, int threads);
+
+struct AggregateLogitsBackward {
+  DType dtype;  // of gradient, logits, value, tokens and the gradients
+  int64_t B, M, N, C;
+  Matrices logits, value;
+  PerToken<bool> mask;
+  Matrices gradient;  // (B, M, C)
+  Matrices tokens;    // (B, M, C), what the forward call gave
+  const float* lse;   // (B, M), contiguous
+  void* scratch;
+  void* logits_grad;  // (B, N, M), or null
+  void* value_grad;   // (B, N, C), or null
+};
+Status aggregate_logits_backward(const AggregateLogitsBackward& params, const Pool& pool);
+int64_t aggregate_logits_backward_scratch(const AggregateLogitsBackward& params, int threads);
 
 // slim_tokens: softmax over the tokens of scale · GELU(LN(x) · w1ᵀ + b1) · w2ᵀ, applied to x. H is the hidden width of the projection.
 struct SlimTokens {

@@ -78,7 +78,7 @@ def bench(arguments: list[str]) -> int:
     checkout = Path(__file__).parents[1]
     if not (checkout / "bench" / "__main__.py").exists():
         print(
-            "bench: needs a checkout of the repository (the bench folder is not part of the package)",
+            "bench: needs a checkout of the repository (the package has no bench folder)",
             file=sys.stderr,
         )
         return 1

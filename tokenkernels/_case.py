@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+Bad = tuple[Callable[[dict[str, Any]], dict[str, Any]], type[Exception], str]
+"""What to change in the arguments of an op's first case, the exception that follows, its words."""
+
 
 class Make:
     """Draws tensors for one case; floating values are rounded to the dtype under test."""

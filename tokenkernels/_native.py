@@ -12,7 +12,7 @@ PATH = Path(__file__).parent / "_torch.so"
 
 def _load() -> str | None:
     if not PATH.exists():
-        return f"{PATH.name} is not built (pip install found no C++ compiler, or TOKENKERNELS_NATIVE=OFF)"
+        return f"{PATH.name} is not built (no C++ compiler, or TOKENKERNELS_NATIVE=OFF)"
     try:
         torch.ops.load_library(str(PATH))
     except OSError as error:

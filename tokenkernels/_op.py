@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from . import _native, checks
-from ._case import Case, Make, close
+from ._case import Bad, Case, Make, close
 
-__all__ = ["OPS", "Case", "Make", "Op", "autocast", "tensors_in"]
+__all__ = ["OPS", "Case", "Make", "Op", "autocast", "close", "tensors_in"]
 
 LIB = torch.library.Library("tokenkernels", "DEF")
 LIB.define(
@@ -32,8 +32,7 @@ DEFAULT_BACKEND = os.environ.get("TOKENKERNELS_BACKEND") or None
 checks.DEFAULT_BACKEND = DEFAULT_BACKEND
 checks.DTYPES.update({getattr(torch, name): name for name in checks.NAMES if hasattr(torch, name)})
 
-Bad = tuple[Callable[[dict[str, Any]], dict[str, Any]], type[Exception], str]
-_recorder: list[tuple[Any, tuple[Any, ...]]] | None = None
+_recorder: list[tuple[Any, Any, tuple[Any, ...]]] | None = None
 
 
 def _zero_cost(kwargs: dict[str, Any]) -> tuple[float, float]:
@@ -213,7 +212,8 @@ def recording() -> Iterator[list[tuple[Any, Any, tuple[Any, ...]]]]:
     see.
     """
     global _recorder
-    before, calls = _recorder, []
+    before = _recorder
+    calls: list[tuple[Any, Any, tuple[Any, ...]]] = []
     _recorder = calls
     try:
         yield calls

@@ -1,7 +1,8 @@
 """The same functions on NumPy arrays; imports no torch.
 
-Arguments, results, checks and rounding are those of `tokenkernels.<function>`, whose documentation holds here too. float32 and float16;
-bfloat16 where `ml_dtypes` is installed. The calls release the GIL and use a few threads of their own.
+Arguments, results, checks and rounding are those of `tokenkernels.<function>`, whose documentation
+holds here too. float32 and float16; bfloat16 where `ml_dtypes` is installed. The calls release the
+GIL and use a few threads of their own.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ try:
     from . import _numpy as _core
 except ImportError as error:
     raise ImportError(
-        "tokenkernels.numpy needs the native build, which is not here (no C++ compiler at installation, or "
-        "TOKENKERNELS_NATIVE=OFF)"
+        "tokenkernels.numpy needs the native build, which is not here "
+        "(no C++ compiler at installation, or TOKENKERNELS_NATIVE=OFF)"
     ) from error
 
 try:
     import ml_dtypes
 except ImportError:
-    ml_dtypes = None
+    ml_dtypes = None  # type: ignore[assignment]
 
 for _name in checks.NAMES:
     if hasattr(np, _name) and _name != "bool":
@@ -43,7 +44,7 @@ class Selected(NamedTuple):
     """What gather_topk returns."""
 
     tokens: Any
-    index: Array
+    index: Array  # type: ignore[assignment]
     offsets: Array
 
 

@@ -10,6 +10,7 @@ namespace tk::TK_ISA {
 namespace {
 
 constexpr int64_t kSlotBlock = 256;
+constexpr int64_t kTokenBlock = 256;
 constexpr float kNegativeInfinity = -__builtin_inff();
 
 // Equal blocks of at most `most`: a function of the count alone, so that a batch never changes a summation order.
@@ -140,18 +141,17 @@ inline void soften(float* scores, int64_t stride, int64_t tokens, int64_t slots,
 template <class T>
 TK_INLINE void pack_tokens(const T* from, int64_t row_stride, int64_t tokens, int64_t cols, const Terms& terms,
                            float* panel) {
-  pack_panel(from, row_stride, tokens, cols, panel);
-  if (!terms.mask) return;
-  for (int64_t n = 0; n < tokens; ++n) {
-    if (terms.hidden(n)) fill(panel + n * kTileCols, kTileCols, 0.0f);
+  Product<T>::pack(from, row_stride, 1, tokens, cols, panel);
+  for (int64_t n = 0; terms.mask && n < tokens; ++n) {
+    if (terms.hidden(n)) Product<T>::clear(panel, n);
   }
 }
 
 // sums[slots, channels] = (factor · sums if not the first block) + weightsᵀ · values.
 template <class T>
-void add_values(const float* weights, int64_t stride, const T* values, int64_t row_stride, int64_t tokens,
-                int64_t slots, int64_t channels, const Terms& terms, const Running& running, bool first, float* sums,
-                float* panel) {
+void add_values(const Left& weights, const T* values, int64_t row_stride, int64_t tokens, int64_t slots,
+                int64_t channels, const Terms& terms, const Running& running, bool first, float* sums, float* panel) {
+  using Kind = typename Product<T>::Kind;
   for (int64_t m = 0; m < slots && !first; ++m) {
     if (running.factor[m] == 1.0f) continue;
     float* row = sums + m * channels;
@@ -162,7 +162,7 @@ void add_values(const float* weights, int64_t stride, const T* values, int64_t r
   for (int64_t c = 0; c < channels; c += kTileCols) {
     const int64_t cols = smaller<int64_t>(channels - c, kTileCols);
     pack_tokens(values + c, row_stride, tokens, cols, terms, panel);
-    multiply_panel({weights, 1, stride}, panel, slots, cols, tokens, sums + c, channels, !first);
+    multiply_panel<Kind>(weights, panel, slots, cols, Kind::words(tokens), sums + c, channels, !first);
   }
 }
 

@@ -18,6 +18,8 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
 
@@ -26,6 +28,7 @@ bool always() { return true; }
 // Best first.
 constexpr InstructionSet kSets[] = {
 #if defined(__x86_64__)
+    {"avx512bf16", &avx512bf16::kKernels, has_avx512bf16},
     {"avx512", &avx512::kKernels, has_avx512},
     {"avx2", &avx2::kKernels, has_avx2},
 #endif

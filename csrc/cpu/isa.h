@@ -1,16 +1,25 @@
 // The one list of CPU kernels. Every csrc/cpu/<op>.cpp is compiled once per instruction set into a namespace of its own
-// (tk::baseline, tk::avx2, tk::avx512); the processor is asked once which of them runs.
+// (tk::baseline, tk::avx2, tk::avx512; some also in tk::avx512bf16); the processor is asked once which of them runs.
 #pragma once
 
 #include "tokenkernels.h"
 
 // X(op, Params): defines Status op(const Params&, const Pool&) and int64_t op_scratch(const Params&, int threads) per namespace.
-#define TK_CPU_KERNELS(X) \
-  X(gather_topk_select, GatherTopk) \
-  X(gather_topk, GatherTopk) \
-  X(gather_topk_backward, GatherTopkBackward) \
+// Those that multiply pairs of bfloat16 where the processor can are compiled once more, for AVX512_BF16.
+#define TK_PAIR_KERNELS(X) \
+  X(aggregate_soft, AggregateSoft) \
+  X(aggregate_soft_backward, AggregateSoftBackward) \
+  X(aggregate_logits, AggregateLogits) \
+  X(aggregate_logits_backward, AggregateLogitsBackward) \
   X(slim_tokens, SlimTokens) \
   X(slim_tokens_backward, SlimTokensBackward)
+
+#define TK_PLAIN_KERNELS(X) \
+  X(gather_topk_select, GatherTopk) \
+  X(gather_topk, GatherTopk) \
+  X(gather_topk_backward, GatherTopkBackward)
+
+#define TK_CPU_KERNELS(X) TK_PAIR_KERNELS(X) TK_PLAIN_KERNELS(X)
 
 namespace tk {
 
@@ -29,6 +38,9 @@ namespace avx2 {
 extern const Kernels kKernels;
 }
 namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx512bf16 {
 extern const Kernels kKernels;
 }
 

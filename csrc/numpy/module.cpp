@@ -2,6 +2,8 @@
 #include "numpy/bind.h"
 
 namespace tk::bind {
+void bind_aggregate_logits(py::module_& m);
+void bind_aggregate_soft(py::module_& m);
 void bind_gather_topk(py::module_& m);
 void bind_slim_tokens(py::module_& m);
 }  // namespace tk::bind
@@ -9,6 +11,8 @@ void bind_slim_tokens(py::module_& m);
 PYBIND11_MODULE(_numpy, m) {
   m.def("instruction_set", &tk::instruction_set);
   m.def("set_instruction_set", &tk::set_instruction_set);
+  tk::bind::bind_aggregate_logits(m);
+  tk::bind::bind_aggregate_soft(m);
   tk::bind::bind_gather_topk(m);
   tk::bind::bind_slim_tokens(m);
 }

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._case import Case, Make
+from .._case import Bad, Case, Make
 
 
 def _simple(batch: int, tokens: int, channels: int, prefix: int = 0, **options: Any) -> Any:
@@ -112,7 +112,7 @@ CASES = [
     Case("video 1x32768x3584 k=8192", _bench(1, 32768, 3584, 8192), ("bench",)),
 ]
 
-BAD = [
+BAD: list[Bad] = [
     (lambda kw: {"k": -1}, ValueError, "gather_topk: k: allowed 0"),
     (lambda kw: {"k": 38}, ValueError, "gather_topk: k: allowed 0"),
     (lambda kw: {"k": 2.5}, TypeError, "gather_topk: k: allowed an int"),

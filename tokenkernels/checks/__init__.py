@@ -82,14 +82,22 @@ def integer(op: str, name: str, value: Any, low: int, high: int | None = None) -
     """value is a whole number of low … high (no upper end where high is None)."""
     if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         fail(op, name, "an int", _describe(value), TypeError)
-    if value < low or (high is not None and value > high):
+    if int(value) < low or (high is not None and int(value) > high):
         fail(op, name, f"{low} … {'' if high is None else high}", value)
 
 
 def number(op: str, name: str, value: Any) -> None:
     """value is a plain number."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or hasattr(value, "ndim"):
         fail(op, name, "a number", _describe(value), TypeError)
+
+
+def flag(op: str, name: str, value: Any) -> None:
+    """value is True or False."""
+    if not isinstance(value, bool):
+        fail(op, name, "True, False", _describe(value), TypeError)
 
 
 def choice(op: str, name: str, value: Any, *allowed: Any) -> None:

@@ -17,7 +17,7 @@ class Selected(NamedTuple):
     """What gather_topk returns."""
 
     tokens: Any
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     offsets: Tensor
 
 
@@ -105,7 +105,7 @@ def _choose(
     scores: Tensor, keep: Tensor | None, budget: int | None, threshold: float | None, order: str
 ) -> Tensor:
     ranking = _ranking(scores)
-    if budget is None:
+    if threshold is not None:
         chosen = scores >= threshold
         if keep is not None:
             chosen = chosen | keep

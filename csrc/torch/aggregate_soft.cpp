@@ -1,0 +1,91 @@
+// aggregate_soft and its gradients for torch tensors on the CPU.
+#include "torch/aggregate.h"
+
+namespace tk::bind {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> aggregate_soft_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
+                                                      std::optional<Tensor> mask, std::optional<Tensor> scale_tensor,
+                                                      double scale, bool keep_weights) {
+  const char* op = "aggregate_soft";
+  query = rows_contiguous(query);
+  key = rows_contiguous(key);
+  value = rows_contiguous(value);
+  AggregateSoft p{};
+  set_operands(query, key, value, op, p);
+  p.bias = bias_of(bias, p.B, p.N, op);
+  p.mask = mask_of(mask, p.B, p.N, op);
+  p.scale = static_cast<float>(scale);
+  p.scale_tensor = number_of(scale_tensor, op);
+  Tensor out = empty({p.B, p.M, p.C}, value.scalar_type());
+  Tensor lse = empty({p.B, p.M}, ScalarType::Float);
+  Tensor weights = keep_weights ? empty({p.B, p.N, p.M}, ScalarType::Float) : empty({0}, ScalarType::Float);
+  p.out = out.data_ptr();
+  p.lse = static_cast<float*>(lse.data_ptr());
+  p.weights = keep_weights ? static_cast<float*>(weights.data_ptr()) : nullptr;
+  const Pool threads = pool();
+  const Scratch scratch(aggregate_soft_scratch(p, threads.threads));
+  p.scratch = scratch.data();
+  aggregate_soft(p, threads);
+  return {out, lse, weights};
+}
+
+// The output of a gradient: of this shape where it is wanted, else empty.
+Tensor gradient_like(const Tensor& like, bool wanted) {
+  const ScalarType type = like.scalar_type();
+  if (!wanted) return empty({0}, type);
+  if (like.dim() == 2) return empty({like.size(0), like.size(1)}, type);
+  return empty({like.size(0), like.size(1), like.size(2)}, type);
+}
+
+template <class T = void>
+T* pointer_if(const Tensor& tensor, bool wanted) {
+  return wanted ? static_cast<T*>(tensor.data_ptr()) : nullptr;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> aggregate_soft_backward_cpu(
+    Tensor gradient, Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias, std::optional<Tensor> mask,
+    std::optional<Tensor> scale_tensor, double scale, Tensor tokens, Tensor lse, std::optional<Tensor> weights,
+    bool need_query, bool need_key, bool need_value, bool need_scale) {
+  const char* op = "aggregate_soft_backward";
+  query = rows_contiguous(query);
+  key = rows_contiguous(key);
+  value = rows_contiguous(value);
+  AggregateSoftBackward p{};
+  set_operands(query, key, value, op, p);
+  set_forward(gradient, tokens, lse, op, p);
+  p.bias = bias_of(bias, p.B, p.N, op);
+  p.mask = mask_of(mask, p.B, p.N, op);
+  p.scale = static_cast<float>(scale);
+  p.scale_tensor = number_of(scale_tensor, op);
+  if (weights && !need_scale) {
+    weights = torch::stable::contiguous(*weights);
+    check(weights->scalar_type() == ScalarType::Float && weights->numel() == p.B * p.N * p.M, op,
+          "weights: those of the forward call");
+    p.weights = static_cast<const float*>(weights->data_ptr());
+  }
+  Tensor query_grad = gradient_like(query, need_query);
+  Tensor key_grad = gradient_like(key, need_key);
+  Tensor value_grad = gradient_like(value, need_value);
+  Tensor bias_grad = bias ? empty({p.B, p.N}, ScalarType::Float) : empty({0}, ScalarType::Float);
+  Tensor scale_grad = need_scale ? empty({}, ScalarType::Float) : empty({0}, ScalarType::Float);
+  p.query_grad = pointer_if(query_grad, need_query);
+  p.key_grad = pointer_if(key_grad, need_key);
+  p.value_grad = pointer_if(value_grad, need_value);
+  p.bias_grad = pointer_if<float>(bias_grad, bias.has_value());
+  p.scale_grad = pointer_if<float>(scale_grad, need_scale);
+  const Pool threads = pool();
+  const Scratch scratch(aggregate_soft_backward_scratch(p, threads.threads));
+  p.scratch = scratch.data();
+  aggregate_soft_backward(p, threads);
+  return {query_grad, key_grad, value_grad, bias_grad, scale_grad};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tokenkernels, CPU, m) {
+  m.impl("aggregate_soft", TORCH_BOX(&aggregate_soft_cpu));
+  m.impl("aggregate_soft_backward", TORCH_BOX(&aggregate_soft_backward_cpu));
+}
+
+}  // namespace tk::bind
