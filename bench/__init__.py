@@ -1,1 +1,3 @@
-"""What the ops and the models cost, next to what people use today: checked, then timed, then written down."""
+"""What the ops and the models cost, next to what people use today: checked, then timed, then
+written down.
+"""

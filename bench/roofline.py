@@ -1,4 +1,6 @@
-"""Measures the roofs of this machine: how fast memory is copied and read at a given size, how fast matrices are multiplied."""
+"""Measures the roofs of this machine: how fast memory is copied and read at a given size, how fast
+matrices are multiplied.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,18 @@ from bench.timing import alternate
 MIB = 2**20
 SIZES = (1 * MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""float16 counts as float32, which it is widened to: torch multiplies it element by element on most processors."""
+"""float16 counts as float32, which it is widened to: torch multiplies it element by element on most
+processors.
+"""
 
 
 def measure(seconds: float = 20.0) -> dict[str, Any]:
-    """The roofs: bytes/s by total bytes moved for "copy" and "read", flop/s for "gemm" by dtype, and "gemm_one_thread".
+    """The roofs: bytes/s by total bytes moved for "copy" and "read", flop/s for "gemm" by dtype,
+    and "gemm_one_thread".
 
-    Timed as the ops are (same alternation, outputs allocated inside), by the best of what is installed. A bandwidth is the median; a
-    rate of arithmetic the best over some sizes, since nothing is gained from a roof that is too low.
+    Timed as the ops are (same alternation, outputs allocated inside), by the best of what is
+    installed. A bandwidth is the median; a rate of arithmetic the best over some sizes, since
+    nothing is gained from a roof that is too low.
     """
     per_size = 0.6 * seconds / len(SIZES)
     memory = [_bandwidth(size, per_size) for size in SIZES]
@@ -43,25 +49,25 @@ def measure(seconds: float = 20.0) -> dict[str, Any]:
     }
 
 
-def floor(roof: dict[str, Any], moved: float, written: float, flops: float, dtype: str) -> tuple[float, float]:
-    """Seconds that memory and arithmetic need at least for a call that moves `moved` bytes, of which it writes `written`.
+def memory_calls(moved: float, written: float) -> dict[str, Callable[[], Any]]:
+    """What memory alone needs for a call that moves `moved` bytes, of which it writes `written`:
+    timed in turns with that call.
 
-    Every written byte goes with one that is read, at copy speed; what is read beyond that comes at read speed.
+    Every written byte goes with one that is read, which is a copy; what is read beyond that is only
+    read.
     """
     copied = min(moved, 2 * min(written, moved))
-    memory = copied / at(roof["copy"], moved) + (moved - copied) / at(roof["read"], moved)
-    return memory, flops / roof["gemm"].get(dtype, roof["gemm"]["float32"])
+    calls: dict[str, Callable[[], Any]] = {}
+    if copied >= 8:
+        calls["roof: copy"] = torch.ones(int(copied) // 8).clone
+    if moved - copied >= 4:
+        calls["roof: read"] = torch.ones(int(moved - copied) // 4).sum
+    return calls
 
 
-def at(table: dict[str, float], size: float) -> float:
-    """The bandwidth at `size` bytes, between the two measured sizes around it on a logarithmic scale."""
-    points = sorted((float(s), rate) for s, rate in table.items())
-    size = min(max(size, points[0][0]), points[-1][0])
-    for (low, slow), (high, fast) in zip(points, points[1:], strict=False):
-        if size <= high:
-            share = math.log(size / low) / math.log(high / low)
-            return slow + share * (fast - slow)
-    return points[-1][1]
+def arithmetic(roof: dict[str, Any], flops: float, dtype: str) -> float:
+    """Seconds that `flops` need at the measured rate of their dtype."""
+    return float(flops / roof["gemm"].get(dtype, roof["gemm"]["float32"]))
 
 
 def _bandwidth(size: int, seconds: float) -> dict[str, float]:

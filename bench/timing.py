@@ -15,18 +15,26 @@ Call = Callable[[], Any]
 TURN = 2e-3
 """Seconds that one turn of a fast function lasts: shorter calls are repeated and averaged."""
 
+SLOW = 10.0
 
-def alternate(calls: dict[str, Call], seconds: float, rounds: tuple[int, int] = (5, 40)) -> dict[str, list[float]]:
-    """Seconds per call, some samples of each: in every round each function takes one turn, in random order.
 
-    So slow drift of the machine meets all of them alike, and none always follows the same other. A turn of a call shorter than `TURN`
-    starts with one call that is not timed, since the others have emptied the caches. Ends at the upper number of rounds, or after the
-    lower one once `seconds` have passed; one that has had its share by then sits out the rounds behind.
+def alternate(
+    calls: dict[str, Call], seconds: float, rounds: tuple[int, int] = (5, 40)
+) -> dict[str, list[float]]:
+    """Seconds per call, some samples of each: in every round each function takes one turn, in
+    random order.
+
+    So slow drift of the machine meets all of them alike, and none always follows the same other. A
+    turn of a call shorter than `TURN` starts with one call that is not timed, since the others have
+    emptied the caches. Ends at the upper number of rounds, or after the lower one once `seconds`
+    have passed; one that has had its share by then sits out the rounds behind, and so does one that
+    is `SLOW` times slower than the fastest after two.
     """
     draw = random.Random(0)
     expected = {name: _timed(call, 1) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     share = seconds / max(len(calls), 1)
+    slow = SLOW * min(expected.values(), default=0.0)
     gc.collect()
     gc.disable()
     try:
@@ -35,7 +43,8 @@ def alternate(calls: dict[str, Call], seconds: float, rounds: tuple[int, int] = 
             if done >= rounds[0] and time.perf_counter() - start > seconds:
                 break
             for name in draw.sample(list(calls), len(calls)):
-                if done >= rounds[0] and sum(samples[name]) > share:
+                least = 2 if expected[name] > slow else rounds[0]
+                if done >= least and sum(samples[name]) > share:
                     continue
                 repeats = max(1, int(TURN / expected[name]))
                 if repeats > 1:
@@ -55,10 +64,12 @@ def _timed(call: Call, repeats: int) -> float:
 
 
 def extra_memory(call: Call, returned: Callable[[Any], int]) -> float | None:
-    """Bytes that were resident at the peak of one call, beyond those before it and those it returns; None where nobody counts.
+    """Bytes that were resident at the peak of one call, beyond those before it and those it
+    returns; None where nobody counts.
 
-    The kernel counts, so whatever library allocates is seen. Freed blocks go back to the system first: they would be used again
-    unnoticed. Pages are counted in batches per thread, so some hundred KiB are noise.
+    The kernel counts, so whatever library allocates is seen. Freed blocks go back to the system
+    first: they would be used again unnoticed. Pages are counted in batches per thread, so some
+    hundred KiB are noise.
     """
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     libc = ctypes.CDLL(None)

@@ -1,4 +1,6 @@
-"""Who an op is measured against: one file per op in this folder holds its `PEERS`, name → function of the case's arguments."""
+"""Who an op is measured against: one file per op in this folder holds its `PEERS`, name → function
+of the case's arguments.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,13 @@ import torch
 
 @dataclass(frozen=True)
 class Peer:
-    """One competitor: called with the keyword arguments of a case, it returns outputs in the op's form, or the first ones of them.
+    """One competitor: called with the keyword arguments of a case, it returns outputs in the op's
+    form, or the first ones of them.
 
-    `compiled` adds the same function under torch.compile. `dtypes` are those it can run (None: all). A peer that does not cover a
-    case returns NotImplemented. `compare(got, want, low, kwargs)` replaces the op's own where the form must differ. `gradient` is
-    False where no gradient flows through it.
+    `compiled` adds the same function under torch.compile. `dtypes` are those it can run (None:
+    all). A peer that does not cover a case returns NotImplemented. `compare(got, want, low,
+    kwargs)` replaces the op's own where the form must differ. `gradient` is False where no gradient
+    flows through it.
     """
 
     fn: Callable[..., Any]
@@ -32,10 +36,15 @@ COMPILED = " (compiled)"
 
 
 def peers_of(op_name: str) -> dict[str, Peer]:
-    """The peers of an op, with one more entry, `compiled=True`, behind each that is to be compiled too."""
+    """The peers of an op, with one more entry, `compiled=True`, behind each that is to be compiled
+    too.
+    """
     if importlib.util.find_spec(f"{__name__}.{op_name}") is None:
         return {}
-    listed = importlib.import_module(f"{__name__}.{op_name}").PEERS
+    try:
+        listed = importlib.import_module(f"{__name__}.{op_name}").PEERS
+    except ImportError as error:
+        return {f"peers of {op_name}": Peer(_raising(error))}
     found: dict[str, Peer] = {}
     for name, entry in listed.items():
         peer = entry if isinstance(entry, Peer) else Peer(entry)
@@ -43,3 +52,12 @@ def peers_of(op_name: str) -> dict[str, Peer]:
         if peer.compiled:
             found[name + COMPILED] = peer
     return found
+
+
+def _raising(error: ImportError) -> Callable[..., Any]:
+    """A library that is not there fails like any other peer: in its own line, with the reason."""
+
+    def fail(**kwargs: Any) -> Any:
+        raise error
+
+    return fail

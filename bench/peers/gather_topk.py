@@ -24,7 +24,9 @@ def flat(x: Tensor, scores: Tensor, k: int) -> list[Tensor]:
     return [x.reshape(-1, channels).index_select(0, rows.reshape(-1)).view(batch, k, channels)]
 
 
-def _close_enough(got: list[Tensor], want: list[Tensor], low: list[Tensor], kwargs: dict[str, object]) -> None:
+def _close_enough(
+    got: list[Tensor], want: list[Tensor], low: list[Tensor], kwargs: dict[str, object]
+) -> None:
     """torch.topk breaks ties as it likes: every row must be a row of x, and most must be the right one."""
     assert got[0].shape == want[0].shape
     right = (got[0].double() == want[0]).all(-1).double().mean().item()

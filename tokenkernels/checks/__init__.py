@@ -82,7 +82,7 @@ def integer(op: str, name: str, value: Any, low: int, high: int | None = None) -
     """value is a whole number of low … high (no upper end where high is None)."""
     if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         fail(op, name, "an int", _describe(value), TypeError)
-    if int(value) < low or (high is not None and int(value) > high):
+    if value < low or (high is not None and value > high):  # type: ignore[operator]
         fail(op, name, f"{low} … {'' if high is None else high}", value)
 
 

@@ -1,0 +1,218 @@
+"""Every op × bench case × dtype × backend × peer of the registry: checked on that very input, then
+timed in turns; names no op.
+
+`pytest bench/bench_ops.py --benchmark-json out.json` runs the cells one by one, `python -m bench`
+within a budget of time.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+import tokenkernels.ops
+from bench import roofline
+from bench.contenders import Cell, contenders, judge, names, prepared, truth
+from bench.settings import keep_freed_memory
+from bench.timing import alternate, extra_memory
+from tokenkernels._op import OPS, tensors_in
+
+tokenkernels.ops.load()
+DTYPES = (torch.float32, torch.bfloat16)
+LEAST_SECONDS = 1.5
+"""Time kept for each cell that is still to come before another function is compiled."""
+
+
+@dataclass
+class Row:
+    """What one contender did in one cell; sizes in bytes, rates per second."""
+
+    op: str
+    case: str
+    dtype: str
+    gradient: bool
+    contender: str
+    role: str
+    note: str = ""
+    failed: str = ""
+    left_out: str = ""
+    ms: float | None = None
+    bytes: float | None = None
+    flops: float | None = None
+    gb_per_s: float | None = None
+    roof_percent: float | None = None
+    bound: str = ""
+    times_fastest_peer: float | None = None
+    extra_bytes: float | None = None
+    samples_ms: list[float] = field(default_factory=list)
+
+
+def cells(quick: bool = False, only: str = "") -> list[Cell]:
+    """Forward in float32 first, the other dtypes, the gradients; when `quick`, the first case of
+    each op in float32 only.
+
+    `only` keeps the cells in whose name it stands.
+    """
+    forward = [
+        Cell(op, case, dtype)
+        for dtype in (DTYPES[:1] if quick else DTYPES)
+        for op in OPS.values()
+        for case in [case for case in op.cases if "bench" in case.tags][: 1 if quick else None]
+        if dtype in case.dtypes
+    ]
+    backward = [Cell(c.op, c.case, c.dtype, True) for c in forward if c.op.differentiable]
+    return [cell for cell in forward + backward if only in str(cell)]
+
+
+def blank(cell: Cell, contender: str, role: str, **more: Any) -> Row:
+    dtype = str(cell.dtype).removeprefix("torch.")
+    return Row(cell.op.name, cell.case.id, dtype, cell.gradient, contender, role, **more)
+
+
+def measure(
+    cell: Cell, roof: dict[str, Any], seconds: float, compile_until: float = 1e9
+) -> list[Row]:
+    """The rows of one cell. After `compile_until` seconds nothing more is compiled."""
+    torch._dynamo.reset()
+    start = time.perf_counter()
+    with cell.mode():
+        kwargs = cell.kwargs()
+        known = truth(cell, kwargs)
+        written = sum(t.nbytes for t in known.low)
+        rows, calls = [], {}
+        for contender in contenders(cell):
+            row = blank(cell, contender.name, contender.role, note=contender.note)
+            rows.append(row)
+            if contender.compiled and time.perf_counter() - start > compile_until:
+                row.left_out = "no time left to compile it"
+                continue
+            verdict = judge(cell, contender, kwargs, known)
+            row.failed, row.left_out = verdict.failed, verdict.left_out
+            if not (row.failed or row.left_out):
+                calls[contender.name] = prepared(cell, kwargs, contender.function)
+        del known
+        gc.collect()
+        fill_in_memory(rows, calls, tensors_in(kwargs))
+        spent = time.perf_counter() - start
+        moved, flops = (0, 0) if cell.gradient else cell.op.cost(kwargs)
+        limits = roofline.memory_calls(moved, moved / 2 if "inplace" in cell.case.tags else written)
+        samples = alternate(calls | limits, max(seconds - spent, seconds / 4)) if calls else {}
+    fill_in_times(rows, samples)
+    if moved or flops:
+        memory = sum(statistics.median(samples[name]) for name in limits if name in samples)
+        fill_in_costs(rows, moved, flops, memory, roofline.arithmetic(roof, flops, rows[0].dtype))
+    return rows
+
+
+def fill_in_memory(
+    rows: list[Row], calls: dict[str, Callable[[], Any]], inputs: list[torch.Tensor]
+) -> None:
+    held = {t.untyped_storage().data_ptr() for t in inputs}
+
+    def returned(outputs: Any) -> int:
+        return sum(
+            t.nbytes for t in tensors_in(outputs) if t.untyped_storage().data_ptr() not in held
+        )
+
+    for row in rows:
+        if row.contender in calls:
+            row.extra_bytes = extra_memory(calls[row.contender], returned)
+
+
+def fill_in_times(rows: list[Row], samples: dict[str, list[float]]) -> None:
+    """Medians, and how many times the fastest peer's time each takes; without a peer the reference
+    stands in for it.
+    """
+    for row in rows:
+        row.samples_ms = [1e3 * s for s in samples.get(row.contender, [])]
+        row.ms = statistics.median(row.samples_ms) if row.samples_ms else None
+    times = {
+        role: [row.ms for row in rows if row.role == role and row.ms]
+        for role in ("peer", "reference")
+    }
+    rivals = times["peer"] or times["reference"]
+    for row in rows:
+        if row.ms and rivals:
+            row.times_fastest_peer = min(rivals) / row.ms
+
+
+def fill_in_costs(
+    rows: list[Row], moved: float, flops: float, memory: float, arithmetic: float
+) -> None:
+    """Shares of the roof: the seconds that memory or arithmetic needs at least, whichever is more,
+    over those taken.
+    """
+    for row in rows:
+        row.bytes, row.flops = moved, flops
+        row.bound = "memory" if memory >= arithmetic else "arithmetic"
+        if row.ms:
+            row.gb_per_s = moved / row.ms / 1e6
+            row.roof_percent = 100 * max(memory, arithmetic) / (row.ms / 1e3)
+
+
+def run(todo: list[Cell], roof: dict[str, Any], seconds: float) -> Iterator[tuple[Cell, list[Row]]]:
+    """All cells within about `seconds`, each with its rows; what no time is left for says so."""
+    start = time.perf_counter()
+    for number, cell in enumerate(todo):
+        left, ahead = seconds - (time.perf_counter() - start), len(todo) - number
+        if left <= 0:
+            yield cell, [blank(cell, name, "", left_out="no time left") for name in names(cell)]
+            continue
+        yield cell, measure(cell, roof, left / ahead, left - LEAST_SECONDS * ahead)
+
+
+class Clock:
+    """A clock that stands still until it is told what a call took: how pytest-benchmark is given
+    times measured in turns.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def read(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+CLOCK = Clock()
+MEETINGS = [(cell, name) for cell in cells() for name in names(cell)]
+
+
+@functools.lru_cache(maxsize=1)
+def measured(cell: Cell) -> dict[str, Row]:
+    return {row.contender: row for row in measure(cell, measured_roof(), seconds=3.0)}
+
+
+@functools.cache
+def measured_roof() -> dict[str, Any]:
+    keep_freed_memory()
+    return roofline.measure()
+
+
+@pytest.mark.benchmark(timer=CLOCK.read)
+@pytest.mark.parametrize(
+    ("cell", "name"),
+    MEETINGS,
+    ids=[f"{cell}-{name}".replace(" · ", "-") for cell, name in MEETINGS],
+)
+def test_speed(benchmark: Any, cell: Cell, name: str) -> None:
+    row = measured(cell)[name]
+    if row.left_out:
+        pytest.skip(row.left_out)
+    assert not row.failed, row.failed
+    taken = iter(row.samples_ms)
+    benchmark.group = str(cell)
+    benchmark.extra_info |= {k: v for k, v in asdict(row).items() if k != "samples_ms"}
+    benchmark.pedantic(
+        CLOCK.advance, setup=lambda: ((next(taken) / 1e3,), {}), rounds=len(row.samples_ms)
+    )

@@ -1,0 +1,232 @@
+"""Draws a run on the terminal, as Markdown and as one HTML page with plots; `python -m bench.report
+NEW.json [OLD.json]` does so later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table as RichTable
+
+from bench import tables
+from bench.tables import Result, Row, Table
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; color: #222; }
+table { border-collapse: collapse; margin: 1em 0 2em; font-size: 13px; }
+th, td { padding: 3px 10px; text-align: right; border-bottom: 1px solid #ddd; }
+th.text, td.text { text-align: left; }
+tr:hover { background: #f4f7fb; }
+svg { max-width: 100%; height: auto; }
+"""
+EXPLANATION = (
+    "Every cell passed the op's comparison on the very input that is timed. All contenders of a "
+    "cell take turns in random order, outputs are allocated inside, figures are medians. Roof: the "
+    "time that a copy (and a read) of the bytes that the op must move takes, in turns with the op, "
+    "or its arithmetic at the rate of the fastest matrix product, whichever is longer. ×: time of "
+    "the fastest peer over ours. Extra memory: peak of resident memory during one call, beyond "
+    "inputs and outputs."
+)
+
+
+def console() -> Console:
+    return Console(width=None if Console().is_terminal else 160)
+
+
+def progress(on: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=on, transient=True)
+
+
+def headline(result: Result) -> str:
+    facts = result["machine"]
+    return (
+        f"[bold]tokenkernels bench[/bold] · {facts['cpu']} · {facts['threads']} threads · "
+        f"{facts['instruction_set']} · torch {facts['versions']['torch']} · "
+        f"commit {facts['commit']}"
+    )
+
+
+def roofs(result: Result) -> RichTable:
+    return drawn(tables.roofs(result))
+
+
+def line(cell: str, rows: list[Row]) -> str:
+    """One cell, as soon as it is done."""
+    ours, peer = tables.best(rows, "ours"), tables.best(rows, "peer", "reference")
+    failed = [row["contender"] for row in rows if row["failed"]]
+    parts = [f"{cell:<72}"]
+    if ours:
+        parts.append(f"{tables.number(ours['ms']):>7} ms")
+    if ours and peer:
+        parts.append(f"[bold]× {tables.number(ours['times_fastest_peer'])}[/bold]")
+        parts.append(f"{peer['contender']} {tables.number(peer['ms'])} ms")
+    if ours and ours["roof_percent"]:
+        parts.append(f"{ours['roof_percent']:.0f} % of roof")
+    if not ours:
+        parts.append(next((row["left_out"] for row in rows if row["left_out"]), "not timed"))
+    return "  ".join(parts) + (f"  [red]failed: {', '.join(failed)}[/red]" if failed else "")
+
+
+def drawn(table: Table) -> RichTable:
+    rich = RichTable(title=table.title, title_justify="left")
+    for place, column in enumerate(table.columns):
+        rich.add_column(column, justify="right" if table.is_number(place) else "left")
+    for row in table.rows:
+        rich.add_row(*row)
+    return rich
+
+
+def show(on: Console, result: Result) -> None:
+    for table in (tables.summary(result), tables.models(result), *tables.not_timed(result)):
+        if table.rows:
+            on.print(drawn(table))
+
+
+def write(result: Result, folder: Path, old: Result | None = None) -> list[Path]:
+    """Writes report.md and report.html; with an older run, both begin with the comparison."""
+    first = [tables.comparison(result, old)] if old else []
+    last = [
+        *tables.details(result),
+        *tables.not_timed(result),
+        tables.roofs(result),
+        tables.machine(result),
+    ]
+    head = [*first, tables.models(result), tables.summary(result)]
+    pages = {"report.md": markdown(head, last), "report.html": page(head, plots(result), last)}
+    for name, text in pages.items():
+        (folder / name).write_text(text)
+    return [folder / name for name in pages]
+
+
+def markdown(head: Iterable[Table], last: Iterable[Table]) -> str:
+    parts = ["# Benchmark", EXPLANATION]
+    for table in (*head, *last):
+        if table.rows:
+            rule = [
+                "---:" if table.is_number(place) else "---" for place in range(len(table.columns))
+            ]
+            rows = [
+                table.columns,
+                rule,
+                *([cell.replace("|", "\\|") for cell in row] for row in table.rows),
+            ]
+            parts += [f"## {table.title}", "\n".join("| " + " | ".join(row) + " |" for row in rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def page(head: Iterable[Table], figures: list[str], last: Iterable[Table]) -> str:
+    body = ["<h1>Benchmark</h1>", f"<p>{html.escape(EXPLANATION)}</p>"]
+    body += (
+        [_table(table) for table in head if table.rows]
+        + figures
+        + [_table(table) for table in last if table.rows]
+    )
+    title = "<meta charset='utf-8'><title>tokenkernels benchmark</title>"
+    return (
+        f"<!doctype html>\n<html lang='en'><head>{title}<style>{STYLE}</style></head><body>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
+    )
+
+
+def _table(table: Table) -> str:
+    kinds = ["" if table.is_number(p) else " class='text'" for p in range(len(table.columns))]
+
+    def line(tag: str, cells: list[str]) -> str:
+        filled = zip(kinds, map(html.escape, cells), strict=True)
+        return "<tr>" + "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in filled) + "</tr>"
+
+    rows = [line("th", table.columns), *(line("td", row) for row in table.rows)]
+    return f"<h2>{html.escape(table.title)}</h2>\n<table>\n" + "\n".join(rows) + "\n</table>"
+
+
+def plots(result: Result) -> list[str]:
+    """Per op one figure: times faster than the fastest peer, and share of the roof, a bar per case
+    and dtype.
+    """
+    cells = {
+        cell: tables.best(rows, "ours") for cell, rows in tables.by_cell(result["ops"]).items()
+    }
+    figures = []
+    for op in dict.fromkeys(cell[0] for cell in cells):
+        rows = [
+            row
+            for cell, row in cells.items()
+            if cell[0] == op and row and row["times_fastest_peer"]
+        ]
+        if rows:
+            figures.append(_figure(op, [row for row in rows if row]))
+    return figures
+
+
+def _figure(op: str, rows: list[Row]) -> str:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    labels = [f"{row['case']} {row['dtype']}" + row["gradient"] * " +backward" for row in rows]
+    figure, (left, right) = pyplot.subplots(
+        1, 2, sharey=True, figsize=(12, 1.2 + 0.3 * len(rows)), layout="constrained"
+    )
+    places = range(len(rows))
+    ratios = [row["times_fastest_peer"] for row in rows]
+    left.barh(places, ratios, color=["#2a7f62" if ratio >= 1 else "#b5483a" for ratio in ratios])
+    left.set_xscale("log")
+    left.axvline(1, color="black", linewidth=1)
+    left.set(
+        yticks=list(places),
+        yticklabels=labels,
+        xlabel="times faster than the fastest peer",
+        title=op,
+    )
+    right.barh(places, [row["roof_percent"] or 0 for row in rows], color="#3b6ea5")
+    right.axvline(100, color="black", linewidth=1)
+    right.set(xlabel="% of the measured roof")
+    left.invert_yaxis()
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("new", type=Path, help="the JSON of a run")
+    parser.add_argument("old", type=Path, nargs="?", help="an older one to compare it with")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "out", help="folder of the pages"
+    )
+    options = parser.parse_args()
+    new: dict[str, Any] = json.loads(options.new.read_text())
+    old = json.loads(options.old.read_text()) if options.old else None
+    if old:
+        console().print(drawn(tables.comparison(new, old)))
+    options.out.mkdir(parents=True, exist_ok=True)
+    console().print("Written: " + ", ".join(map(str, write(new, options.out, old))))
+
+
+if __name__ == "__main__":
+    main()
