@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INSTRUCTION_SETS = (
     []
     if _native.WHY_NOT
-    else [s for s in ("avx512", "avx2", "baseline") if _native.set_instruction_set(s)]
+    else [s for s in ("avx512bf16", "avx512", "avx2", "baseline") if _native.set_instruction_set(s)]
 )
 if INSTRUCTION_SETS:
     _native.set_instruction_set(INSTRUCTION_SETS[0])

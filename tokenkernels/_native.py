@@ -25,7 +25,7 @@ WHY_NOT: str | None = _load()
 
 
 def instruction_set() -> str:
-    """The CPU instruction set whose kernels run: "avx512", "avx2" or "baseline"."""
+    """The CPU instruction set whose kernels run: "avx512bf16", "avx512", "avx2" or "baseline"."""
     function = ctypes.CDLL(str(PATH)).tokenkernels_instruction_set
     function.restype = ctypes.c_char_p
     return function().decode()

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import checks
+from .checks.aggregate_logits import aggregate_logits as _check_aggregate_logits
+from .checks.aggregate_soft import aggregate_soft as _check_aggregate_soft
 from .checks.gather_topk import gather_topk as _check_gather_topk
 from .checks.slim_tokens import slim_tokens as _check_slim_tokens
 
@@ -38,6 +40,34 @@ checks.DTYPES[np.dtype(bool)] = "bool"
 
 Array = np.ndarray
 _FUSE = {None: 0, "sum": 1, "mean": 2}
+
+
+def aggregate_soft(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    scale: float = 1.0,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    return_weights: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Gathers N tokens into M slots by a softmax over the tokens; see `tokenkernels.aggregate_soft`."""
+    _check_aggregate_soft(query, key, value, scale, bias, mask, return_weights)
+    if bias is not None:
+        bias = bias.astype(np.float32, copy=False)
+    tokens, weights = _core.aggregate_soft(
+        query, key, value, bias, mask, float(scale), return_weights
+    )
+    if not return_weights:
+        return tokens  # type: ignore[no-any-return]
+    return tokens, weights.swapaxes(1, 2).astype(tokens.dtype, copy=False)
+
+
+def aggregate_logits(logits: Array, value: Array, *, mask: Array | None = None) -> Array:
+    """Gathers N tokens into M slots by given logits; see `tokenkernels.aggregate_logits`."""
+    _check_aggregate_logits(logits, value, mask)
+    return _core.aggregate_logits(logits, value, mask)  # type: ignore[no-any-return]
 
 
 class Selected(NamedTuple):

@@ -4,7 +4,8 @@
 namespace tk::bind {
 namespace {
 
-array aggregate_logits_numpy(array logits, array value, const py::object& mask) {
+array aggregate_logits_numpy(array logits, array value, const py::object& mask_or_none) {
+  const array mask = elements_or_none(mask_or_none);
   logits = rows_contiguous(logits);
   value = rows_contiguous(value);
   AggregateLogits p{};

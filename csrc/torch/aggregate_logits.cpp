@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor> aggregate_logits_cpu(Tensor logits, Tensor value, std
   p.out = out.data_ptr();
   p.lse = static_cast<float*>(lse.data_ptr());
   const Pool threads = pool();
-  const Scratch scratch(aggregate_logits_scratch(p, threads.threads));
+  Scratch scratch(aggregate_logits_scratch(p, threads.threads));
   p.scratch = scratch.data();
   aggregate_logits(p, threads);
   return {out, lse};
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> aggregate_logits_backward_cpu(Tensor gradient, Tensor
   p.logits_grad = need_logits ? logits_grad.data_ptr() : nullptr;
   p.value_grad = need_value ? value_grad.data_ptr() : nullptr;
   const Pool threads = pool();
-  const Scratch scratch(aggregate_logits_backward_scratch(p, threads.threads));
+  Scratch scratch(aggregate_logits_backward_scratch(p, threads.threads));
   p.scratch = scratch.data();
   aggregate_logits_backward(p, threads);
   return {logits_grad, value_grad};

@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_soft_cpu(Tensor query, Tensor key, 
   p.lse = static_cast<float*>(lse.data_ptr());
   p.weights = keep_weights ? static_cast<float*>(weights.data_ptr()) : nullptr;
   const Pool threads = pool();
-  const Scratch scratch(aggregate_soft_scratch(p, threads.threads));
+  Scratch scratch(aggregate_soft_scratch(p, threads.threads));
   p.scratch = scratch.data();
   aggregate_soft(p, threads);
   return {out, lse, weights};
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> aggregate_soft_backward_cpu(
   p.bias_grad = pointer_if<float>(bias_grad, bias.has_value());
   p.scale_grad = pointer_if<float>(scale_grad, need_scale);
   const Pool threads = pool();
-  const Scratch scratch(aggregate_soft_backward_scratch(p, threads.threads));
+  Scratch scratch(aggregate_soft_backward_scratch(p, threads.threads));
   p.scratch = scratch.data();
   aggregate_soft_backward(p, threads);
   return {query_grad, key_grad, value_grad, bias_grad, scale_grad};

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import dtype, fail, floating, number, rank, same_device, same_dtype, shape
+from . import dtype, fail, flag, floating, number, rank, same_device, same_dtype, shape
 
 OP = "aggregate_soft"
 
 
 def aggregate_soft(
-    query: Any, key: Any, value: Any, scale: Any, bias: Any, mask: Any, return_weights: Any, backend: str | None = None
+    query: Any,
+    key: Any,
+    value: Any,
+    scale: Any,
+    bias: Any,
+    mask: Any,
+    return_weights: Any,
+    backend: str | None = None,
 ) -> None:
     """Raises where an argument is off."""
     floating(OP, "query", query, backend)
@@ -44,5 +51,4 @@ def aggregate_soft(
         dtype(OP, "mask", mask, ("bool",))
         shape(OP, "mask", mask, batch, tokens)
         same_device(OP, "mask", mask, query, "query")
-    if not isinstance(return_weights, bool):
-        fail(OP, "return_weights", "True or False", repr(return_weights), TypeError)
+    flag(OP, "return_weights", return_weights)

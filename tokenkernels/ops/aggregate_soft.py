@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._op import Case, Make, Op, autocast
+from .._op import Op, autocast
+from ..cases import aggregate_soft as cases
 from ..checks.aggregate_soft import aggregate_soft as _check
 
 
@@ -62,7 +63,9 @@ def aggregate_soft(
     if bias is not None:
         bias = bias.to(wide)
     fits = 4 * query.shape[-2] <= value.shape[-1] * value.element_size()
-    keep = return_weights or (fits and not _wants_gradient(scale_tensor) and _wants_gradient(query, key, value, bias))
+    keep = return_weights or (
+        fits and not _wants_gradient(scale_tensor) and _wants_gradient(query, key, value, bias)
+    )
     tokens, _, weights = OP(
         backend, value.device.type, query, key, value, bias, mask, scale_tensor,
         1.0 if scale_tensor is not None else float(scale), keep,
@@ -74,7 +77,9 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _scores(query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, scale: Tensor | float) -> Tensor:
+def _scores(
+    query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, scale: Tensor | float
+) -> Tensor:
     """(B, N, M) in float32 (float64 stays), −inf where masked."""
     wide = torch.promote_types(query.dtype, torch.float32)
     if mask is not None:
@@ -98,7 +103,9 @@ def _reference(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, scale_tensor: Tensor | None,
     scale: float, keep_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    weights, lse = _softmax(_scores(query, key, bias, mask, scale if scale_tensor is None else scale_tensor))
+    weights, lse = _softmax(
+        _scores(query, key, bias, mask, scale if scale_tensor is None else scale_tensor)
+    )
     if mask is not None:
         value = torch.where(mask[..., None], value, 0)
     tokens = (weights.mT @ value.to(weights.dtype)).to(value.dtype)
@@ -124,7 +131,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     tokens, lse, weights = output
     ctx.scale, ctx.kept = scale, keep_weights
     ctx.needs = tuple(t is not None and t.requires_grad for t in (query, key, value, scale_tensor))
-    ctx.save_for_backward(query, key, value, bias, mask, scale_tensor, tokens, lse, *([weights] if keep_weights else []))
+    ctx.save_for_backward(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale_tensor,
+        tokens,
+        lse,
+        *([weights] if keep_weights else []),
+    )
 
 
 def _backward(run: Any, ctx: Any, gradient: Tensor, _lse: Any, _weights: Any) -> tuple[Any, ...]:
@@ -183,128 +200,14 @@ def _backward_fake(
     )
 
 
-def _simple(batch: int, tokens: int, slots: int, features: int, channels: int, **options: Any) -> Any:
-    def make(t: Make) -> dict[str, Any]:
-        query, key = t.randn(slots, features) / features**0.5, t.randn(batch, tokens, features)
-        return {"query": query, "key": key, "value": t.randn(batch, tokens, channels)} | options
-
-    return make
-
-
-def _everything(t: Make) -> dict[str, Any]:
-    mask = t.bool(0.7, (3, 41))
-    mask[1] = False
-    key, value = t.randn(3, 41, 20), t.randn(3, 41, 37)
-    key[0, ~mask[0]], value[2, ~mask[2]] = torch.nan, torch.nan
-    return {
-        "query": t.randn(3, 18, 20), "key": key, "value": value, "bias": t.randn(3, 41), "mask": mask,
-        "scale": t.randn(1)[0] * 0.2, "return_weights": True,
-    }  # fmt: skip
-
-
-def _key_is_value(t: Make) -> dict[str, Any]:
-    x = t.randn(2, 33, 24)
-    return {"query": t.randn(50, 24), "key": x, "value": x, "scale": 24**-0.5}
-
-
-def _scale_tensor(t: Make) -> dict[str, Any]:
-    return {"query": t.randn(5, 9), "key": t.randn(3, 14, 9), "value": t.randn(3, 14, 3), "scale": t.randn(1)[0].abs() / 3}
-
-
-def _infinite(t: Make) -> dict[str, Any]:
-    bias = t.randn(2, 300, dtype=torch.float32)
-    bias[0, 40:] = -torch.inf
-    bias[1] = -torch.inf
-    return {"query": t.randn(4, 6), "key": t.randn(2, 300, 6), "value": t.randn(2, 300, 5), "bias": bias}
-
-
-def _peaky(t: Make) -> dict[str, Any]:
-    return {"query": t.randn(40, 16), "key": 8 * t.randn(2, 530, 16), "value": t.randn(2, 530, 8), "return_weights": True}
-
-
-def _strided(t: Make) -> dict[str, Any]:
-    both = t.randn(19, 2, 2, 16).transpose(0, 1)
-    return {"query": t.randn(7, 16), "key": both[:, :, 0], "value": both[:, :, 1], "mask": t.bool(0.6, (19, 2)).T}
-
-
-def _bench(batch: int, tokens: int, slots: int, width: int) -> Any:
-    def make(t: Make) -> dict[str, Any]:
-        query = t.randn(slots, width) / width**0.5
-        return {"query": query, "key": t.randn(batch, tokens, width), "value": t.randn(batch, tokens, width)}
-
-    return make
-
-
-def _sizes(kwargs: dict[str, Any]) -> tuple[int, int, int, int, int]:
-    batch, tokens, features = kwargs["key"].shape
-    return batch, tokens, kwargs["query"].shape[-2], features, kwargs["value"].shape[2]
-
-
-def _cost(kwargs: dict[str, Any]) -> tuple[float, float]:
-    batch, tokens, slots, features, channels = _sizes(kwargs)
-    size = kwargs["value"].element_size()
-    read = kwargs["query"].numel() + batch * tokens * (channels + features * (kwargs["key"] is not kwargs["value"]))
-    kept = 4 * batch * slots * tokens * bool(kwargs.get("return_weights"))
-    return size * (read + batch * slots * channels) + kept, 2 * batch * tokens * slots * (features + channels)
-
-
-def _length(kwargs: dict[str, Any]) -> float:
-    batch, tokens, slots, features, channels = _sizes(kwargs)
-    learned = isinstance(kwargs["scale"], Tensor) if "scale" in kwargs and "need_scale" not in kwargs else kwargs.get("need_scale")
-    return batch * tokens * slots * features if learned else max(tokens, slots, features, channels)
-
-
-CASES = [
-    Case("shared", _simple(3, 37, 13, 16, 19)),
-    Case("everything", _everything),
-    Case("key-is-value", _key_is_value),
-    Case("scale-tensor", _scale_tensor),
-    Case("infinite-bias", _infinite),
-    Case("peaky-blocks", _peaky),
-    Case("one-slot", _simple(2, 70, 1, 33, 65)),
-    Case("one-token", _simple(2, 1, 6, 4, 4)),
-    Case("no-tokens", _simple(2, 0, 3, 4, 5)),
-    Case("more-slots", _simple(1, 5, 300, 7, 3)),
-    Case("wide", _simple(1, 20, 33, 260, 300)),
-    Case("strided", _strided),
-    Case("sit 16x196 m=128 c=768", _bench(16, 196, 128, 768), ("bench",)),
-    Case("video 2x4096 m=256 c=768", _bench(2, 4096, 256, 768), ("bench",)),
-    Case("resampler 4x576 m=64 c=1024", _bench(4, 576, 64, 1024), ("bench",)),
-    Case("audio 1x16384 m=64 c=512", _bench(1, 16384, 64, 512), ("bench",)),
-]
-
-
-def _backward_case(kept: bool = True, **needs: bool) -> Any:
-    def make(t: Make) -> dict[str, Any]:
-        mask = t.bool(0.8, (2, 290))
-        key, value = t.randn(2, 290, 10), t.randn(2, 290, 21)
-        bias, scale = t.randn(2, 290, dtype=torch.float32), t.randn(1, dtype=torch.float32)[0]
-        inputs = (t.randn(2, 17, 10), key, value, bias, mask, scale, 1.0)
-        wide = [x.double() if isinstance(x, Tensor) and x.dtype.is_floating_point else x for x in inputs]
-        tokens, lse, weights = _reference(*wide, True)
-        return {
-            "gradient": t.randn(2, 17, 21), "query": inputs[0], "key": key, "value": value, "bias": bias, "mask": mask,
-            "scale_tensor": scale, "scale": 1.0, "tokens": tokens.to(t.dtype), "lse": lse.float(),
-            "weights": weights.float() if kept else None,
-        } | {"need_query": True, "need_key": True, "need_value": True, "need_scale": True} | needs  # fmt: skip
-
-    return make
-
-
 BACKWARD = Op(
     schema="aggregate_soft_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, "
     "Tensor? scale_tensor, float scale, Tensor tokens, Tensor lse, Tensor? weights, bool need_query, bool need_key, "
     "bool need_value, bool need_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_backward_reference,
     fake=_backward_fake,
-    cases=[
-        Case("kept", _backward_case(need_scale=False)),
-        Case("made-again", _backward_case(kept=False)),
-        Case("values-only", _backward_case(need_query=False, need_key=False, need_scale=False)),
-        Case("query-only", _backward_case(need_key=False, need_value=False, need_scale=False)),
-        Case("scale-only", _backward_case(need_query=False, need_key=False, need_value=False)),
-    ],
-    length=lambda kwargs: 4 * _length(kwargs),
+    cases=cases.BACKWARD_CASES,
+    length=lambda kwargs: 4 * cases.length(kwargs),
 )
 
 OP = Op(
@@ -313,25 +216,10 @@ OP = Op(
     reference=_reference,
     fake=_fake,
     function=aggregate_soft,
-    cases=CASES,
-    bad=[
-        (lambda kw: {"query": kw["query"].long()}, TypeError, "aggregate_soft: query: allowed a tensor of float32"),
-        (lambda kw: {"query": kw["query"][0]}, ValueError, "aggregate_soft: query: allowed 2 or 3 dimensions"),
-        (lambda kw: {"query": kw["query"][:, 1:]}, ValueError, r"aggregate_soft: query: allowed shape \(\*, 16\)"),
-        (lambda kw: {"query": kw["query"].expand(2, -1, -1)}, ValueError, "aggregate_soft: query: allowed shape"),
-        (lambda kw: {"key": kw["key"][0]}, ValueError, "aggregate_soft: key: allowed 3 dimensions"),
-        (lambda kw: {"key": kw["key"].bfloat16()}, TypeError, "aggregate_soft: key: allowed the dtype of query"),
-        (lambda kw: {"value": kw["value"][:, 1:]}, ValueError, "aggregate_soft: value: allowed shape"),
-        (lambda kw: {"value": kw["value"].double()}, TypeError, 'backend="reference"|the dtype of query'),
-        (lambda kw: {"scale": torch.ones(1)}, ValueError, "aggregate_soft: scale: allowed a number or a tensor of 0"),
-        (lambda kw: {"scale": "1"}, TypeError, "aggregate_soft: scale: allowed a number"),
-        (lambda kw: {"scale": torch.tensor(1)}, TypeError, "aggregate_soft: scale: allowed a tensor of float32"),
-        (lambda kw: {"bias": torch.zeros(3, 1)}, ValueError, "aggregate_soft: bias: allowed shape"),
-        (lambda kw: {"mask": torch.zeros(3, 37)}, TypeError, "aggregate_soft: mask: allowed a tensor of bool"),
-        (lambda kw: {"return_weights": 1}, TypeError, "aggregate_soft: return_weights: allowed True or False"),
-    ],
-    cost=_cost,
-    length=_length,
+    cases=cases.CASES,
+    bad=cases.BAD,
+    cost=cases.cost,
+    length=cases.length,
     differentiable=("query", "key", "value", "bias", "scale"),
     backward=_backward,
     setup_context=_setup_context,
