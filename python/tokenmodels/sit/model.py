@@ -75,6 +75,7 @@ class Stem(nn.Module):
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             self.convs[i] = torch.nn.utils.fuse_conv_bn_eval(conv, norm)
             self.norms[i] = nn.Identity()
+        self.to(memory_format=torch.channels_last)  # then the tokens are rows without a copy
 
 
 class Attention(nn.Module):
