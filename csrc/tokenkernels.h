@@ -200,5 +200,142 @@ struct SlimTokensBackward {
 };
 Status slim_tokens_backward(const SlimTokensBackward& params, const Pool& pool);
 int64_t slim_tokens_backward_scratch(const SlimTokensBackward& params, int threads);
+// score_attention: the share of attention that each key receives from the rows of `query`. softmax over the visible keys of
+// scale·⟨q, k⟩, then the mean over heads, then the sum and the maximum over rows.
+struct ScoreAttention {
+  enum class Heads : int32_t { kMean, kGroup, kNone };
+  const void* query;  // (B, H, R, D)
+  const void* key;    // (B, G, N, D), H a multiple of G
+  DType dtype;
+  int64_t query_strides[3], key_strides[3];  // batch, head, row
+  int64_t batch, heads, key_heads, rows, keys, dim;
+  const int64_t* positions;     // (B, R) or null; causal: row t sees the keys 0…position, −1 sees none. Null: the last R keys
+  const int64_t* key_lengths;   // (B) or null: keys from there on are invisible
+  const float* lse;             // (B, H, R) or null: the natural logarithm of each row's sum of exponentials
+  const float* row_weights;     // (B, R) or null: factors of the sum
+  int64_t position_strides[2], length_stride, lse_strides[3], weight_strides[2];
+  float scale;
+  bool causal;
+  int64_t first_column, end_column;  // the keys whose scores are wanted
+  Heads reduce_heads;
+  bool sum, max;  // sum only, max only, or sum then max
+  int64_t pool;   // odd: the window of the average over columns
+  float* out;     // (sum + max, B, 1 | G | H, end_column − first_column)
+  void* scratch;
+};
+constexpr int64_t kMaxPool = 1023;
+Status score_attention(const ScoreAttention& params, const Pool& pool);
+int64_t score_attention_scratch(const ScoreAttention& params, int threads);
+// merge_adjacent: every window of similar neighbours becomes its size-weighted mean.
+// The N tokens behind the P prefix tokens lie in raster order on a grid; where the window does not
+// divide it, the tokens at the far edges stay. An image (H, W) is the grid {H, 1, W} with the
+// window {h, 1, w}, a sequence (N) is {N, 1, 1} with {n, 1, 1}.
+struct MergeAdjacent {
+  const void* x;  // (B, P+N, C)
+  int64_t batch_stride, token_stride;
+  const float* size;  // (B, P+N) tokens that a token stands for; null: one each
+  int64_t size_batch_stride, size_token_stride;
+  const int64_t* counts;  // windows to merge in image b, at b · counts_stride; null: by threshold
+  int64_t counts_stride;
+  float threshold;     // merge where the mean pairwise cosine is at least this
+  bool uniform;        // by threshold, every image merges as many as the image with the fewest
+  bool by_similarity;  // merged windows first, the most similar first; else in raster order
+  bool packed;         // index counts rows of the whole batch; else rows of the image
+  DType dtype;
+  int64_t batch, prefix, channels, grid[3], window[3];
+  void* tokens;        // (total, C), total = offsets[B] ≤ B(P+N)
+  float* merged_size;  // (total)
+  int64_t* index;      // (B, P+N): the output row of each token
+  int64_t* offsets;    // (B+1): the first output row of each image
+  void* scratch;
+};
+
+// kBadValue: a count outside [0, windows].
+Status merge_adjacent(const MergeAdjacent& params, const Pool& pool);
+int64_t merge_adjacent_scratch(const MergeAdjacent& params, int threads);
+
+// merge_runs: a token joins the run of its predecessor where their cosine is at least the threshold
+// and the run holds fewer than `max_run` tokens; every run becomes its size-weighted mean. The P
+// prefix tokens stay.
+struct MergeRuns {
+  const void* x;  // (B, P+N, C)
+  int64_t batch_stride, token_stride;
+  const float* size;  // (B, P+N) or null: one each
+  int64_t size_batch_stride, size_token_stride;
+  float threshold;
+  int64_t max_run;
+  bool padded;  // image b starts at row b(P+N), zeros behind its last run; else packed
+  DType dtype;
+  int64_t batch, prefix, length, channels;  // length: P+N
+  void* tokens;        // padded: (B, P+N, C); else (total, C), total = offsets[B] ≤ B(P+N)
+  float* merged_size;  // padded: (B, P+N); else (total)
+  int64_t* index;      // (B, P+N): the output row of each token; padded: the row within its image
+  int64_t* offsets;    // (B+1): how many rows the images before b have
+};
+
+Status merge_runs(const MergeRuns& params, const Pool& pool);
+int64_t merge_runs_scratch(const MergeRuns& params, int threads);
+
+// merge_backward: the gradient of either merge. Every token takes its share, size / Σ size, of the
+// gradient of its output row.
+struct MergeBackward {
+  const void* grad;  // (images, M, C); packed: one image of `total` rows, batch_stride 0
+  int64_t batch_stride, token_stride;
+  const int64_t* index;  // (B, length), contiguous
+  const float* size;     // (B, length) or null: one each
+  int64_t size_batch_stride, size_token_stride;
+  const float* merged_size;     // as the rows of grad, contiguous
+  int64_t merged_batch_stride;  // M; packed: 0
+  DType dtype;
+  int64_t batch, length, rows, channels;  // rows: M; packed: total
+  void* grad_x;                           // (B, length, C)
+};
+
+// kBadValue: an index outside [0, rows).
+Status merge_backward(const MergeBackward& params, const Pool& pool);
+int64_t merge_backward_scratch(const MergeBackward& params, int threads);
+// compact_kv: the kept positions of a key/value cache move together, all layers in one call. Rows are bytes, whatever the dtype; with
+// `inv_freq` the first tensor of every layer (the keys) is rotated by the difference of two positions on the way. Out of place the rows
+// behind the kept ones become zero; in place they keep their bytes. Nothing moves before every value has been found good.
+struct CompactKv {
+  struct Rows {                // integers (batch, heads, count), int64 or int32; strides in elements, 0 where a dimension is shared
+    const void* values;
+    int64_t batch, heads, count;  // batch and heads are 1 where shared
+    int64_t batch_stride, head_stride, stride;
+    bool wide;                 // int64
+  };
+  struct Index {
+    Rows kept;                 // ascending, -1 behind the last
+    int64_t* lengths;          // out: (batch, heads)
+    int64_t* positions;        // out: (batch, heads, count): the position each slot was filled from, -1 behind the last
+  };
+  struct Layer {
+    int64_t heads, tokens;     // G, T
+  };
+  struct Tensor {              // strides in bytes
+    const void* from;          // (B, G, T, row_bytes)
+    void* to;                  // (B, G, count, row_bytes); in place: `from` with its strides
+    int64_t from_batch, from_head, from_row;
+    int64_t to_batch, to_head, to_row;
+    int64_t row_bytes;
+  };
+  const Layer* layers;
+  const Tensor* tensors;       // layer_count × per_layer
+  const Index* indices;        // one for all layers, or one per layer; so are the next three
+  const Rows* lengths;         // current lengths, count 1; null: every row is T long
+  const Rows* old_positions;   // of each kept entry, null without rotation
+  const Rows* new_positions;
+  int64_t layer_count, per_layer, index_count, length_count, old_count, new_count;
+  int64_t batch;
+  const float* inv_freq;       // (half), null: keys are not rotated
+  int64_t half;                // D / 2
+  DType key_dtype;             // read only with inv_freq
+  bool fill;                   // kept rows beyond the new length move into the holes below it; else ascending order is kept
+  bool in_place;
+  const char** complaint;      // out: with Status::kBadValue, which values were bad, in words
+};
+
+Status compact_kv(const CompactKv& params, const Pool& pool);
+int64_t compact_kv_scratch(const CompactKv& params, int threads);
 
 }  // namespace tk

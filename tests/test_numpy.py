@@ -45,7 +45,7 @@ def to_numpy(value: Any) -> Any:
 def to_torch(value: Any) -> torch.Tensor:
     if value.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(np.ascontiguousarray(value))
+    return torch.from_numpy(np.array(value))
 
 
 def arrays_in(value: Any) -> list[np.ndarray]:

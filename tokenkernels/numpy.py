@@ -17,6 +17,11 @@ from .checks.aggregate_logits import aggregate_logits as _check_aggregate_logits
 from .checks.aggregate_soft import aggregate_soft as _check_aggregate_soft
 from .checks.gather_topk import gather_topk as _check_gather_topk
 from .checks.slim_tokens import slim_tokens as _check_slim_tokens
+from .checks import compact_kv as _check_compact_kv
+from .checks.gather_topk import gather_topk as _check_gather_topk
+from .checks.score_attention import score_attention as _check_score_attention
+from .checks.merge_adjacent import merge_adjacent as _check_merge_adjacent
+from .checks.merge_runs import merge_runs as _check_merge_runs
 
 try:
     from . import _numpy as _core
@@ -40,6 +45,7 @@ checks.DTYPES[np.dtype(bool)] = "bool"
 
 Array = np.ndarray
 _FUSE = {None: 0, "sum": 1, "mean": 2}
+_HEADS = {"mean": 0, "group": 1, "none": 2}
 
 
 def aggregate_soft(
@@ -118,3 +124,139 @@ def slim_tokens(
     """Replaces N tokens by M weighted means of them; see `tokenkernels.slim_tokens`."""
     _check_slim_tokens((x, norm_weight, norm_bias, w1, b1, w2), scale, eps)
     return _core.slim_tokens(x, norm_weight, norm_bias, w1, b1, w2, float(scale), eps)
+def score_attention(
+    query: Array,
+    key: Array,
+    *,
+    scale: float | None = None,
+    query_positions: Array | None = None,
+    causal: bool = False,
+    key_lengths: Array | None = None,
+    lse: Array | None = None,
+    columns: tuple[int, int] | None = None,
+    row_weights: Array | None = None,
+    heads: str = "mean",
+    reduce: str | Sequence[str] = ("sum",),
+    pool: int = 1,
+) -> Array | tuple[Array, Array]:
+    """Scores every key by the attention that it receives from the rows of `query`; see `tokenkernels.score_attention`."""
+    first, end, total, top = _check_score_attention(
+        query, key, scale, query_positions, causal, key_lengths, lse, columns, row_weights, heads, reduce, pool
+    )
+    outputs = _core.score_attention(
+        query, key, query.shape[3] ** -0.5 if scale is None else scale, causal, _plain(query_positions, np.int64),
+        _plain(key_lengths, np.int64), _plain(lse, np.float32), _plain(row_weights, np.float32), first, end, _HEADS[heads],
+        total, top, pool,
+    )  # fmt: skip
+    return (outputs[0], outputs[1]) if total and top else outputs
+
+
+def _plain(x: Array | None, dtype: Any) -> Array | None:
+    return None if x is None else np.ascontiguousarray(x, dtype)
+class Merged(NamedTuple):
+    """What merge_adjacent and merge_runs return."""
+
+    tokens: Array
+    size: Array
+    index: Array
+    offsets: Array
+
+
+def merge_adjacent(
+    x: Array,
+    grid: Sequence[int],
+    window: Sequence[int],
+    *,
+    threshold: float | None = None,
+    num_windows: int | Sequence[int] | Array | None = None,
+    size: Array | None = None,
+    prefix: int = 0,
+    order: str = "raster",
+    batch: str = "ragged",
+) -> Merged:
+    """Merges the windows of a grid whose tokens are alike; see `tokenkernels.merge_adjacent`."""
+    grid, window, counts = _check_merge_adjacent(
+        x, grid, window, threshold, num_windows, size, prefix, order, batch
+    )
+    dense = batch == "uniform" or (num_windows is not None and not hasattr(num_windows, "__len__"))
+    bar = 0.0 if threshold is None else threshold
+    by_similarity = order == "similarity"
+    return Merged(
+        *_core.merge_adjacent(
+            x,
+            _three(grid),
+            _three(window),
+            threshold is not None,
+            bar,
+            counts,
+            dense,
+            size,
+            prefix,
+            by_similarity,
+        )
+    )
+
+
+def _three(extents: list[int]) -> list[int]:
+    """Any grid as that of a video: an image (H, W) is (H, 1, W), a sequence (N) is (N, 1, 1)."""
+    return [
+        extents[0],
+        extents[1] if len(extents) == 3 else 1,
+        extents[-1] if len(extents) > 1 else 1,
+    ]
+
+
+def merge_runs(
+    x: Array,
+    threshold: float,
+    *,
+    max_run: int = 8,
+    size: Array | None = None,
+    prefix: int = 0,
+    padded: bool = False,
+) -> Merged:
+    """Merges every run of alike neighbours; see `tokenkernels.merge_runs`."""
+    _check_merge_runs(x, threshold, max_run, size, prefix, padded)
+    return Merged(*_core.merge_runs(x, threshold, max_run, size, prefix, padded))
+class Compacted(NamedTuple):
+    """What compact_kv returns."""
+
+    layers: list[tuple[Array, ...]]
+    lengths: Any
+    positions: Any
+
+
+def compact_kv(
+    layers: Sequence[Sequence[Array]],
+    index: Array | Sequence[Array],
+    *,
+    lengths: Array | Sequence[Array] | None = None,
+    inplace: bool = False,
+    order: str = "stable",
+    rope: tuple[Array, Any, Any] | None = None,
+) -> Compacted:
+    """Moves the kept positions of a key/value cache together; see `tokenkernels.compact_kv`."""
+    _check_compact_kv.check(layers, index, lengths, inplace, order, rope)
+    arrays = [array for layer in layers for array in layer]
+    _check_compact_kv.arrays(arrays, inplace)
+    rows, per_layer = _listed(index), len(layers[0])
+    inv_freq, old, new = rope or (None, (), ())
+    if inv_freq is not None:
+        inv_freq = np.ascontiguousarray(inv_freq, np.float32)
+    moved, counts, positions = _core.compact_kv(
+        arrays, rows, _listed(lengths), per_layer, order == "fill", inplace, inv_freq, _listed(old), _listed(new)
+    )  # fmt: skip
+    if inplace:
+        of_layer = [rows[0 if len(rows) == 1 else i // per_layer] for i in range(len(arrays))]
+        moved = [array[:, :, : one.shape[-1]] for array, one in zip(arrays, of_layer, strict=True)]
+    results = iter(moved)
+    compacted = [tuple(next(results) for _ in layer) for layer in layers]
+    if isinstance(index, (list, tuple)):
+        return Compacted(compacted, counts, positions)
+    return Compacted(compacted, counts[0], positions[0])
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -16,8 +16,15 @@
 
 #define TK_PLAIN_KERNELS(X) \
   X(gather_topk_select, GatherTopk) \
+#define TK_CPU_KERNELS(X) \
+  X(compact_kv, CompactKv) \
   X(gather_topk, GatherTopk) \
-  X(gather_topk_backward, GatherTopkBackward)
+  X(gather_topk_backward, GatherTopkBackward) \
+  X(gather_topk_select, GatherTopk) \
+  X(merge_adjacent, MergeAdjacent) \
+  X(merge_backward, MergeBackward) \
+  X(merge_runs, MergeRuns) \
+  X(score_attention, ScoreAttention)
 
 #define TK_CPU_KERNELS(X) TK_PAIR_KERNELS(X) TK_PLAIN_KERNELS(X)
 

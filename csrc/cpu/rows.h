@@ -37,10 +37,10 @@ TK_INLINE void copy_row(char* to, const char* from, int64_t bytes, bool streamin
     return;
   }
   const int64_t head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) & 63u);
-  std::memcpy(to, from, static_cast<size_t>(head));
+  if (head > 0) std::memcpy(to, from, static_cast<size_t>(head));
   int64_t at = head;
   for (; at + 64 <= bytes; at += 64) stream_line(to + at, from + at);
-  std::memcpy(to + at, from + at, static_cast<size_t>(bytes - at));
+  if (at < bytes) std::memcpy(to + at, from + at, static_cast<size_t>(bytes - at));
 }
 
 TK_INLINE void zero_row(char* to, int64_t bytes) { std::memset(to, 0, static_cast<size_t>(bytes)); }

@@ -165,14 +165,24 @@ TK_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
 TK_INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
 
+#if defined(__AVX512F__)
+TK_INLINE __m256 fold(Floats value) {
+  return _mm512_castps512_ps256(value) + _mm512_extractf32x8_ps(value, 1);
+}
+#elif defined(__AVX2__)
+TK_INLINE Floats fold(Floats value) { return value; }
+#endif
+
 // Always the same tree, whatever the values: the same bits every time.
 TK_INLINE float sum(Floats value) {
-  float lanes[kLanes];
-  store(lanes, value);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
+#ifdef __AVX2__
+  const __m256 eight = fold(value);
+  const __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+  const __m128 two = four + _mm_movehl_ps(four, four);
+  return two[0] + two[1];
+#else
+  return (value[0] + value[2]) + (value[1] + value[3]);
+#endif
 }
 
 TK_INLINE float max(Floats value) {

@@ -22,6 +22,11 @@ inline void check(bool good, const char* op, const std::string& message) {
   if (!good) throw std::runtime_error(std::string(op) + ": " + message);
 }
 
+// Words that are there already cost a good call nothing.
+inline void check(bool good, const char* op, const char* message) {
+  if (!good) check(false, op, std::string(message));
+}
+
 inline void check(Status status, const char* op, const std::string& message) {
   check(status == Status::kOk, op, message);
 }

@@ -1,0 +1,51 @@
+"""What only the merges promise: un-merging by one gather, and more than 2³¹ elements."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tokenkernels as tk
+from tokenkernels import _native
+
+native = pytest.mark.skipif(_native.WHY_NOT is not None, reason=str(_native.WHY_NOT))
+
+
+def test_one_gather_unmerges() -> None:
+    x = torch.randn(2, 37, 8)
+    x[:, 1:] = (
+        x[:, 1:]
+        .reshape(2, 3, 2, 3, 2, 8)[:, :, :1, :, :1]
+        .expand(-1, -1, 2, -1, 2, -1)
+        .reshape(2, 36, 8)
+    )
+    packed = tk.merge_adjacent(x, (6, 6), (2, 2), threshold=0.9, prefix=1)
+    dense = tk.merge_adjacent(x, (6, 6), (2, 2), num_windows=9, prefix=1)
+    assert packed.tokens.shape == (20, 8) and dense.tokens.shape == (2, 10, 8)
+    assert torch.equal(packed.tokens[packed.index], x)
+    assert torch.equal(dense.tokens.gather(1, dense.index[:, :, None].expand(-1, -1, 8)), x)
+
+
+def test_an_index_outside_the_gradient_is_refused() -> None:
+    grad, index = torch.ones(3, 4), torch.tensor([[0, 1, 3]])
+    if _native.WHY_NOT is None:
+        with pytest.raises(RuntimeError, match="merge_backward: index: allowed rows of grad"):
+            torch.ops.tokenkernels.merge_backward(grad, index, None, torch.ones(3))
+
+
+@native
+def test_beyond_two_to_the_31_elements() -> None:
+    images, channels = 260, 2048
+    x = torch.ones(1, 1, channels, dtype=torch.bfloat16).expand(images, 64 * 64, channels)
+    merged = tk.merge_adjacent(x, (64, 64), (64, 64), num_windows=1)
+    assert merged.tokens.shape == (images, 1, channels)
+    assert merged.tokens.eq(1).all() and merged.size.eq(64 * 64).all()
+
+
+@native
+def test_runs_beyond_two_to_the_31_elements() -> None:
+    tokens, channels = 2**20 + 64, 2048
+    x = torch.ones(1, 1, channels, dtype=torch.bfloat16).expand(1, tokens, channels)
+    runs = tk.merge_runs(x, 0.5, max_run=2**14)
+    assert runs.tokens.shape == (65, channels) and runs.tokens.eq(1).all()
+    assert runs.size[:-1].eq(2**14).all() and runs.size[-1] == 64

@@ -1,0 +1,301 @@
+"""The caches that compact_kv is tried on, the calls it refuses, and what a call must move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._case import Bad, Case, Make
+
+
+def _kept(t: Make, tokens: int, count: int) -> Tensor:
+    return t.permutation(tokens)[:count].sort().values
+
+
+def _ragged(t: Make, tokens: Sequence[int], room: int, shape: tuple[int, ...]) -> Tensor:
+    """Rows (*shape, room) of 0 … room of the first tokens[i] positions; the last row is full."""
+    rows = []
+    for i in range(torch.Size(shape).numel()):
+        most = min(room, tokens[i % len(tokens)])
+        count = (
+            (0, most, most // 2, most // 3)[i % 4] if i + 1 < torch.Size(shape).numel() else most
+        )
+        kept = _kept(t, tokens[i % len(tokens)], count)
+        rows.append(torch.cat((kept, kept.new_full((room - count,), -1))))
+    return torch.stack(rows).view(*shape, room).clone()
+
+
+def _cache(t: Make, batch: int, heads: int, tokens: Sequence[int], channels: int) -> list[Any]:
+    return [
+        (t.randn(batch, heads, n, channels), t.randn(batch, heads, n, channels)) for n in tokens
+    ]
+
+
+def _per_sample(t: Make) -> dict[str, Any]:
+    index = _ragged(t, [30, 17, 24], 12, (3,))
+    lengths = torch.tensor([30, 17, 24], device=t.device)
+    return {"layers": _cache(t, 3, 2, [30, 33], 16), "index": index, "lengths": lengths}
+
+
+def _shared(t: Make) -> dict[str, Any]:
+    return {"layers": _cache(t, 2, 3, [40, 29], 5), "index": _kept(t, 29, 13)}
+
+
+def _per_head(t: Make) -> dict[str, Any]:
+    index = _ragged(t, [37], 21, (3, 4)).int()
+    return {"layers": _cache(t, 3, 4, [37], 24), "index": index}
+
+
+def _per_layer(t: Make) -> dict[str, Any]:
+    layers = _cache(t, 2, 3, [20, 1, 33, 8], 32)
+    index = [_kept(t, 20, 6), _kept(t, 1, 1), _ragged(t, [33], 15, (2, 3)), _kept(t, 8, 0)]
+    return {
+        "layers": layers,
+        "index": index,
+        "lengths": [torch.tensor(n, device=t.device) for n in (20, 1, 33, 8)],
+    }
+
+
+def _with_scales(t: Make) -> dict[str, Any]:
+    layers = []
+    for tokens in (18, 25):
+        values = [t.randint(-128, 128, (2, 2, tokens, 40)).to(torch.int8) for _ in range(2)]
+        layers.append((*values, t.rand(2, 2, tokens, 1, dtype=torch.float32)))
+    return {"layers": layers, "index": _ragged(t, [18], 9, (2, 2))}
+
+
+def _strided(t: Make) -> dict[str, Any]:
+    layers = [tuple(t.randn(2, 26, 3, 48)[..., :40].transpose(1, 2) for _ in range(2))]
+    return {"layers": layers, "index": _ragged(t, [26], 32, (2, 32))[:, 0, :20]}
+
+
+def _rope(
+    batch: int, heads: int, tokens: int, channels: int, count: int, rows: tuple[int, ...]
+) -> Any:
+    def make(t: Make) -> dict[str, Any]:
+        index = _ragged(t, [tokens], count, rows) if rows else _kept(t, tokens, count)
+        inv_freq = 10000.0 ** -(torch.arange(0, channels, 2, device=t.device) / channels)
+        new = torch.arange(count, device=t.device)
+        rope = (inv_freq, 3 * index + 70_000, new)
+        return {
+            "layers": _cache(t, batch, heads, [tokens, tokens], channels),
+            "index": index,
+            "rope": rope,
+        }
+
+    return make
+
+
+def _long_range(t: Make) -> dict[str, Any]:
+    """Large angles, and entries whose position stays."""
+    index = _kept(t, 50, 30)
+    old = torch.where(index % 3 == 0, index, index + 1_000_003).int()
+    inv_freq = t.rand(300, dtype=torch.float32)
+    return {
+        "layers": _cache(t, 2, 1, [50], 600),
+        "index": index,
+        "rope": (inv_freq, old, index),
+        "order": "fill",
+    }
+
+
+def _with(make: Any, **options: Any) -> Any:
+    return lambda t: make(t) | options
+
+
+_MAKES: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "per-sample": (_per_sample, ()),
+    "shared": (_shared, ("coupled",)),
+    "per-head-int32": (_per_head, ()),
+    "per-layer": (_per_layer, ("coupled",)),
+    "int8-scales": (_with_scales, ()),
+    "strided": (_strided, ()),
+    "rope": (_rope(2, 3, 40, 36, 17, ()), ("coupled",)),
+    "rope-per-head": (_rope(2, 3, 40, 64, 25, (2, 3)), ("coupled",)),
+    "rope-long-range": (_long_range, ("coupled",)),
+}
+
+
+def _cache_of(
+    layers: int, batch: int, heads: int, tokens: int, kept: int, channels: int = 128, **options: Any
+) -> Any:
+    """Every layer in memory of its own, filled from one draw."""
+
+    def make(t: Make) -> dict[str, Any]:
+        rows = t.randn(batch, heads, tokens, channels)
+        cache = [(rows.clone(), rows.clone()) for _ in range(layers)]
+        return {"layers": cache, "index": _kept(t, tokens, kept)} | options
+
+    return make
+
+
+def _small(inplace: bool) -> list[Case]:
+    cases = []
+    for name, (make, tags) in _MAKES.items():
+        for order in ("stable", "fill"):
+            options = {"order": order} | ({"inplace": True} if inplace else {})
+            tag = ("test", *tags, *["inplace"] * inplace)
+            cases.append(Case(f"{name}-{order}", _with(make, **options), tag))
+    return cases
+
+
+def _moved_rows(row: list[int], inplace: bool, fill: bool) -> int:
+    kept = [position for position in row if position >= 0]
+    if not inplace:
+        return len(kept)
+    if fill:
+        return sum(position >= len(kept) for position in kept)
+    return sum(position != slot for slot, position in enumerate(kept))
+
+
+def cost(kwargs: dict[str, Any]) -> tuple[float, float]:
+    """Every row that moves is read and written once; padding is written."""
+    total = 0.0
+    inplace, fill = kwargs.get("inplace", False), kwargs.get("order") == "fill"
+    for i, layer in enumerate(kwargs["layers"]):
+        index = kwargs["index"] if isinstance(kwargs["index"], Tensor) else kwargs["index"][i]
+        table = index.flatten(0, -2).tolist() if index.ndim > 1 else [index.tolist()]
+        rows = sum(_moved_rows(row, inplace, fill) for row in table)
+        padding = 0 if inplace else int((index < 0).sum())
+        share = layer[0].shape[:2].numel() / max(1, index.shape[:-1].numel())
+        total += (
+            share
+            * (2 * rows + padding)
+            * sum(tensor.shape[3] * tensor.element_size() for tensor in layer)
+        )
+    return total, 0
+
+
+def _first_index(kwargs: dict[str, Any], value: int) -> dict[str, Any]:
+    """The last row of the index, which is full, with another first entry."""
+    index = kwargs["index"].clone()
+    index[-1, 0] = value
+    return {"index": index}
+
+
+_BAD_INDEX = "compact_kv_?: index: allowed ascending positions below the length"
+BAD: list[Bad] = [
+    (lambda kw: _first_index(kw, 24), ValueError, _BAD_INDEX),
+    (lambda kw: _first_index(kw, -1), ValueError, _BAD_INDEX),
+    (lambda kw: _first_index(kw, -7), ValueError, _BAD_INDEX),
+    (lambda kw: _first_index(kw, 2**40), ValueError, _BAD_INDEX),
+    (lambda kw: {"index": kw["index"].flip(-1)}, ValueError, _BAD_INDEX),
+    (lambda kw: {"index": kw["index"].clamp(min=3)}, ValueError, _BAD_INDEX),
+    (lambda kw: {"lengths": kw["lengths"] - 12}, ValueError, _BAD_INDEX),
+    (lambda kw: {"lengths": kw["lengths"] + 12}, ValueError, "compact_kv_?: lengths: allowed 0"),
+    (lambda kw: {"lengths": -kw["lengths"]}, ValueError, "compact_kv_?: lengths: allowed 0"),
+    (lambda kw: {"lengths": kw["lengths"][1:]}, ValueError, "compact_kv: lengths: allowed shape"),
+    (
+        lambda kw: {"lengths": kw["lengths"].float()},
+        TypeError,
+        "compact_kv: lengths: allowed a tensor of int64",
+    ),
+    (
+        lambda kw: {"lengths": [kw["lengths"]]},
+        ValueError,
+        "compact_kv: lengths: allowed one tensor, or a list",
+    ),
+    (lambda kw: {"index": kw["index"][1:]}, ValueError, "compact_kv: index: allowed shape"),
+    (lambda kw: {"index": kw["index"][:, None]}, ValueError, "compact_kv: index: allowed shape"),
+    (
+        lambda kw: {"index": kw["index"].float()},
+        TypeError,
+        "compact_kv: index: allowed a tensor of int64, int32",
+    ),
+    (
+        lambda kw: {"index": [kw["index"]] * 3},
+        ValueError,
+        "compact_kv: index: allowed one tensor, or a list",
+    ),
+    (lambda kw: {"layers": []}, ValueError, "compact_kv: layers: allowed a list of tuples"),
+    (lambda kw: {"layers": [()]}, ValueError, "compact_kv: layers: allowed a list of tuples"),
+    (
+        lambda kw: {"layers": kw["layers"][0]},
+        ValueError,
+        "compact_kv: layers: allowed a list of tuples",
+    ),
+    (
+        lambda kw: {"layers": [kw["layers"][0], kw["layers"][1][:1]]},
+        ValueError,
+        "compact_kv: layers: allowed 2 tensors",
+    ),
+    (
+        lambda kw: {"layers": [(kw["layers"][0][0], kw["layers"][1][0])]},
+        ValueError,
+        "compact_kv: layers: allowed",
+    ),
+    (
+        lambda kw: {"layers": [[t[1:] for t in kw["layers"][0]], kw["layers"][1]]},
+        ValueError,
+        "one batch size",
+    ),
+    (lambda kw: {"order": "random"}, ValueError, "compact_kv: order: allowed 'stable', 'fill'"),
+    (lambda kw: {"inplace": 1}, TypeError, "compact_kv: inplace: allowed a bool"),
+    (
+        lambda kw: {"rope": (torch.ones(7), kw["index"], kw["index"])},
+        ValueError,
+        "compact_kv: rope: allowed D / 2 = 8",
+    ),
+    (
+        lambda kw: {"rope": (torch.ones(8), kw["index"], kw["index"][:, 1:])},
+        ValueError,
+        "compact_kv: rope: allowed one pos",
+    ),
+    (
+        lambda kw: {"rope": (torch.ones(8), kw["index"], kw["index"] + 2**31)},
+        ValueError,
+        "positions of 32 bits",
+    ),
+    (
+        lambda kw: {"rope": kw["index"]},
+        ValueError,
+        "compact_kv: rope: allowed .inv_freq, old_positions, new_positions",
+    ),
+    (
+        lambda kw: {
+            "rope": (torch.ones(8), kw["index"], kw["index"]),
+            "layers": [tuple(t.double() for t in kw["layers"][0])],
+        },
+        TypeError,
+        'backend="reference"',
+    ),
+]
+BAD_IN_PLACE: list[Bad] = [
+    (
+        lambda kw: {"layers": [tuple(t.mT.contiguous().mT for t in kw["layers"][0])]},
+        ValueError,
+        "contiguous last dimension",
+    ),
+    (lambda kw: {"layers": [(kw["layers"][0][0],) * 2]}, ValueError, "share no memory"),
+    (
+        lambda kw: {"layers": [(kw["layers"][0][0][:, :1].expand(-1, 2, -1, -1),)]},
+        ValueError,
+        "not overlap themselves",
+    ),
+    (
+        lambda kw: {"index": torch.cat([kw["index"]] * 3, 1)},
+        ValueError,
+        "at most T = 30 entries in place",
+    ),
+]
+
+CASES = [
+    *_small(inplace=False),
+    Case("llm 32x1x8x8192x128 -> 4096", _cache_of(32, 1, 8, 8192, 4096), ("bench",)),
+    Case("mustdrop 13x1x32x640x128 -> 109", _cache_of(13, 1, 32, 640, 109), ("bench",)),
+]
+
+CASES_IN_PLACE = [
+    *_small(inplace=True),
+    *(
+        Case(
+            f"llm 32x1x8x8192x128 -> 4096 {order}",
+            _cache_of(32, 1, 8, 8192, 4096, order=order, inplace=True),
+            ("bench", "inplace"),
+        )
+        for order in ("stable", "fill")
+    ),
+]
