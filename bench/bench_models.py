@@ -20,8 +20,9 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).parent.parent / "python"))
 
-from bench import official_sit, report, settings, timing
 from tokenmodels.sit import VARIANTS, SiT, SiTConfig
+
+from bench import official_sit, report, settings, timing
 
 Record = dict[str, Any]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -70,7 +71,9 @@ def photographs(batch: int, size: int = 224) -> Tensor:
             top = (shape[0] - size) // 2
             left = (shape[1] - size) * (2 * i + 1) // (2 * count)
             crops.append(pixels[:, top : top + size, left : left + size])
-    normal = (torch.stack(crops) - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    normal = (torch.stack(crops) - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[
+        :, None, None
+    ]
     return normal.contiguous()
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from tokenmodels.sit import SiT, SlimTokens
 from tokenmodels.sit.model import Attention
+from torch import Tensor
 
 
 def attention(layer: Attention, x: Tensor) -> Tensor:
