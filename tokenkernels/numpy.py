@@ -15,7 +15,6 @@ import numpy as np
 from . import checks
 from .checks.aggregate_logits import aggregate_logits as _check_aggregate_logits
 from .checks.aggregate_soft import aggregate_soft as _check_aggregate_soft
-from .checks.gather_topk import gather_topk as _check_gather_topk
 from .checks.slim_tokens import slim_tokens as _check_slim_tokens
 from .checks import compact_kv as _check_compact_kv
 from .checks.gather_topk import gather_topk as _check_gather_topk
@@ -124,6 +123,8 @@ def slim_tokens(
     """Replaces N tokens by M weighted means of them; see `tokenkernels.slim_tokens`."""
     _check_slim_tokens((x, norm_weight, norm_bias, w1, b1, w2), scale, eps)
     return _core.slim_tokens(x, norm_weight, norm_bias, w1, b1, w2, float(scale), eps)
+
+
 def score_attention(
     query: Array,
     key: Array,

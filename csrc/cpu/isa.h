@@ -15,8 +15,6 @@
   X(slim_tokens_backward, SlimTokensBackward)
 
 #define TK_PLAIN_KERNELS(X) \
-  X(gather_topk_select, GatherTopk) \
-#define TK_CPU_KERNELS(X) \
   X(compact_kv, CompactKv) \
   X(gather_topk, GatherTopk) \
   X(gather_topk_backward, GatherTopkBackward) \

@@ -4,7 +4,6 @@
 namespace tk::bind {
 void bind_aggregate_logits(py::module_& m);
 void bind_aggregate_soft(py::module_& m);
-void bind_gather_topk(py::module_& m);
 void bind_slim_tokens(py::module_& m);
 void bind_compact_kv(py::module_& m);
 void bind_gather_topk(py::module_& m);
@@ -18,7 +17,6 @@ PYBIND11_MODULE(_numpy, m) {
   m.def("set_instruction_set", &tk::set_instruction_set);
   tk::bind::bind_aggregate_logits(m);
   tk::bind::bind_aggregate_soft(m);
-  tk::bind::bind_gather_topk(m);
   tk::bind::bind_slim_tokens(m);
   tk::bind::bind_compact_kv(m);
   tk::bind::bind_gather_topk(m);
