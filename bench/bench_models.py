@@ -33,7 +33,7 @@ TOLERANCE = 1e-4
 def run(quick: bool) -> list[Record]:
     """Times every model; one record per model, batch size, form and dtype.
 
-    Columns: `GMAC` counts one image. `faster` is the time of the dense network in the same form over
+    Columns: `GMAC` is of one image. `faster` is the time of the dense network in the same form over
     this one's; `in theory` the same of their multiply-accumulates; `realised` the former over the
     latter: the share of the theoretical saving that arrives.
 

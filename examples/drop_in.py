@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """ViT-S/16. `keep` is the fraction of patch tokens that survives each pruning; 1 prunes none."""
+    """ViT-S/16; `keep` is the fraction of patch tokens that survives a pruning, 1 prunes none."""
 
     def __init__(
         self, *, keep: float = 1.0, dim: int = 384, depth: int = 12, heads: int = 6

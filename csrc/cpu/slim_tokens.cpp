@@ -18,13 +18,14 @@ int64_t segment_tokens(const SlimTokens& p) {
 
 // What a worker needs for one tile.
 struct TileBuffers {
-  float* normal;     // (kTileTokens, C)
-  float* projected;  // (kTileTokens, H)
+  float* normal;     // (kTileTokens, C), operands
+  float* projected;  // (kTileTokens, H); after the GELU operands
+  float* stage;
 };
 
 TileBuffers take_tile(const SlimTokens& p, Arena& arena) {
   const int64_t rows = smaller(p.tokens, kTileTokens);
-  return {arena.floats(rows * p.channels), arena.floats(rows * p.hidden)};
+  return {arena.floats(rows * p.channels), arena.floats(rows * p.hidden), arena.floats(stage_size(p, rows))};
 }
 
 // What one image needs on its way. Slots are padded to whole vectors.
@@ -73,24 +74,30 @@ struct Scratch {
   }
 };
 
-// Tokens [begin, end) of the segment [first, first + count): their logits, and their values packed.
+// The logits of tokens [begin, end) of the segment that starts at `first`.
 template <class T>
-void route(const SlimTokens& p, const Weights& w, int64_t b, int64_t first, int64_t count, int64_t begin, int64_t end,
+void route(const SlimTokens& p, const Weights& w, int64_t b, int64_t first, int64_t begin, int64_t end,
            const TileBuffers& tile, const ImageBuffers& image) {
-  const int64_t rows = end - begin, slots = slot_stride(p);
-  const T* x = token<T>(p, b, first + begin);
-  for (int64_t i = 0; i < rows; ++i) layer_norm(p, w, x + i * p.x_token, tile.normal + i * p.channels);
-  for (int64_t c = 0; c < p.channels; c += kTileCols) {
-    pack_panel(x + c, p.x_token, rows, smaller<int64_t>(p.channels - c, kTileCols),
-               image.values + c * count + begin * kTileCols);
+  const int64_t rows = end - begin;
+  auto* normal = reinterpret_cast<Operand<T>*>(tile.normal);
+  for (int64_t i = 0; i < rows; ++i) {
+    layer_norm(p, w, token<T>(p, b, first + begin + i), normal + i * p.channels);
   }
-  project(p, w, tile.normal, rows, tile.projected);
+  project<T>(p, w, normal, rows, tile.projected, tile.stage);
   if (p.projected != nullptr) {
     std::memcpy(p.projected + (b * p.tokens + first + begin) * p.hidden, tile.projected,
                 static_cast<size_t>(rows * p.hidden) * sizeof(float));
   }
-  gelu_rows(tile.projected, rows * p.hidden, tile.projected);
-  multiply({tile.projected, p.hidden, 1}, w.w2, rows, p.slots, p.hidden, image.logits + begin * slots, slots, false);
+  score_slots<T>(p, w, tile.projected, rows, reinterpret_cast<Operand<T>*>(tile.projected),
+                 image.logits + begin * slot_stride(p), tile.stage);
+}
+
+// Channels [begin, end), whole panels of them, of the segment's `count` tokens, as the right side of the aggregation.
+template <class T>
+void pack_values(const SlimTokens& p, int64_t b, int64_t first, int64_t count, int64_t begin, int64_t end,
+                 const ImageBuffers& image) {
+  Product<T>::pack(token<T>(p, b, first) + begin, p.x_token, 1, count, smaller(end, p.channels) - begin,
+                   image.values + begin * Product<T>::Kind::words(count));
 }
 
 // One vector of slots: logits become numerators relative to the running maxima. Returns what earlier sums shrink by.
@@ -113,6 +120,7 @@ Floats softmax_over_tokens(const SlimTokens& p, const ImageBuffers& image, int64
 }
 
 // Slots [begin, end), whole vectors of them: softmax over the segment's tokens, then the weighted sum of their values.
+template <class T>
 void aggregate(const SlimTokens& p, const ImageBuffers& image, int64_t count, int64_t begin, int64_t end, bool first) {
   for (int64_t m = begin; m < end; m += kLanes) {
     const Floats shrink = softmax_over_tokens(p, image, count, m, first);
@@ -123,8 +131,11 @@ void aggregate(const SlimTokens& p, const ImageBuffers& image, int64_t count, in
       });
     }
   }
-  multiply({image.logits + begin, 1, slot_stride(p)}, image.values, smaller(end, p.slots) - begin, p.channels, count,
-           image.sums + begin * p.channels, p.channels, !first);
+  using Kind = typename Product<T>::Kind;
+  const int64_t rows = smaller(end, p.slots) - begin, slots = slot_stride(p);
+  float* numerators = image.logits + begin;
+  multiply<Kind>(Product<T>::columns(numerators, slots, count, rows, numerators, slots), image.values, rows, p.channels,
+                 Kind::words(count), image.sums + begin * p.channels, p.channels, !first);
 }
 
 // Slots [begin, end): divides by the denominators, rounds, writes.
@@ -147,9 +158,10 @@ void whole_image(const SlimTokens& p, const Weights& w, int64_t b, const TileBuf
   for (int64_t first = 0; first < p.tokens; first += segment) {
     const int64_t count = smaller(p.tokens - first, segment), tiles = ceil_div(count, kTileTokens);
     for (int64_t i = 0; i < tiles; ++i) {
-      route<T>(p, w, b, first, count, part(count, i, tiles), part(count, i + 1, tiles), tile, image);
+      route<T>(p, w, b, first, part(count, i, tiles), part(count, i + 1, tiles), tile, image);
     }
-    aggregate(p, image, count, 0, slot_stride(p), first == 0);
+    pack_values<T>(p, b, first, count, 0, p.channels, image);
+    aggregate<T>(p, image, count, 0, slot_stride(p), first == 0);
   }
   finish<T>(p, b, image, 0, p.slots);
 }
@@ -163,13 +175,19 @@ void shared_image(const SlimTokens& p, const Plan& plan, const Scratch& scratch,
   for (int64_t first = 0; first < p.tokens; first += segment) {
     const int64_t count = smaller(p.tokens - first, segment);
     const int64_t tiles = larger(ceil_div(count, kTileTokens), smaller(2 * plan.workers, ceil_div(count, kTileRows)));
-    share(pool, plan.workers, tiles, [&](int64_t worker, int64_t i) {
-      route<T>(p, scratch.weights, b, first, count, part(count, i, tiles), part(count, i + 1, tiles),
-               scratch.tile(p, plan, worker), image);
+    const int64_t panels = ceil_div(p.channels, kTileCols), packs = smaller(panels, plan.workers);
+    share(pool, plan.workers, tiles + packs, [&](int64_t worker, int64_t i) {
+      if (i < tiles) {
+        route<T>(p, scratch.weights, b, first, part(count, i, tiles), part(count, i + 1, tiles),
+                 scratch.tile(p, plan, worker), image);
+      } else {
+        pack_values<T>(p, b, first, count, part(panels, i - tiles, packs) * kTileCols,
+                       part(panels, i - tiles + 1, packs) * kTileCols, image);
+      }
     });
     share(pool, plan.workers, blocks, [&](int64_t, int64_t i) {
       const int64_t begin = part(vectors, i, blocks) * kLanes, end = part(vectors, i + 1, blocks) * kLanes;
-      aggregate(p, image, count, begin, end, first == 0);
+      aggregate<T>(p, image, count, begin, end, first == 0);
       if (first + count == p.tokens) finish<T>(p, b, image, begin, end);
     });
   }

@@ -26,6 +26,9 @@ struct Arena {
   }
 };
 
+// Slots of a row of logits, padded to whole vectors.
+TK_INLINE int64_t slot_stride(const SlimTokens& p) { return round_up(p.slots, kLanes); }
+
 // Calls body(c, count) for each vector of a row of `cols`.
 template <class Body>
 TK_INLINE void for_vectors(int64_t cols, const Body& body) {
@@ -44,16 +47,24 @@ TK_INLINE void store_some(T* to, Floats value, int count) {
   count == kLanes ? store(to, value) : store(to, value, count);
 }
 
-static void scale_all(float* values, int64_t count, float scale) {
-  for_vectors(count, [&](int64_t i, int lanes) { store_some(values + i, load_some(values + i, lanes) * scale, lanes); });
-}
+// What the kernel itself makes and multiplies: float32, or T where pairs of T are multiplied.
+template <class Kind, class T>
+struct OperandOf {
+  using type = float;
+};
+template <class T>
+struct OperandOf<Pairs, T> {
+  using type = T;
+};
+template <class T>
+using Operand = typename OperandOf<typename Product<T>::Kind, T>::type;
 
-// The weights as float32, as every tile reads them.
+// The weights as every tile reads them.
 struct Weights {
   float *norm_weight, *norm_bias;  // (C)
   float* b1;                       // (H)
   float* w1;                       // packed (C, H)
-  float* w2;                       // packed (H, M), times the scale
+  float* w2;                       // packed (H, M)
 };
 
 static Weights take_weights(const SlimTokens& p, Arena& arena) {
@@ -66,9 +77,13 @@ void pack_weights(const SlimTokens& p, const Weights& w) {
   widen_rows(static_cast<const T*>(p.norm_weight), 0, 1, p.channels, w.norm_weight, 0);
   widen_rows(static_cast<const T*>(p.norm_bias), 0, 1, p.channels, w.norm_bias, 0);
   widen_rows(static_cast<const T*>(p.b1), 0, 1, p.hidden, w.b1, 0);
-  pack(static_cast<const T*>(p.w1), 1, p.w1_row, p.channels, p.hidden, w.w1);
-  pack(static_cast<const T*>(p.w2), 1, p.w2_row, p.hidden, p.slots, w.w2);
-  scale_all(w.w2, packed_size(p.hidden, p.slots), p.scale);
+  Product<T>::pack(static_cast<const T*>(p.w1), 1, p.w1_row, p.channels, p.hidden, w.w1);
+  Product<T>::pack(static_cast<const T*>(p.w2), 1, p.w2_row, p.hidden, p.slots, w.w2);
+}
+
+// Words that products of halves need beside their operands.
+static int64_t stage_size(const SlimTokens& p, int64_t rows) {
+  return p.dtype == DType::kFloat32 ? 0 : Product<BFloat16>::stage(rows);
 }
 
 // Of one token's channels. `rest` is what `mean` lost by rounding: far from the origin it is not small.
@@ -80,7 +95,7 @@ struct Moments {
 
 // One row to zero mean and unit variance, times weight, plus bias.
 template <class T>
-Moments layer_norm(const SlimTokens& p, const Weights& w, const T* from, float* to) {
+Moments layer_norm(const SlimTokens& p, const Weights& w, const T* from, Operand<T>* to) {
   const auto channels = static_cast<float>(p.channels);
   Floats total{};
   for_vectors(p.channels, [&](int64_t c, int count) { total += load_some(from + c, count); });
@@ -107,8 +122,9 @@ TK_INLINE const T* token(const SlimTokens& p, int64_t image, int64_t n) {
 }
 
 // projected (rows, H) = normal (rows, C) · w1ᵀ + b1
-static void project(const SlimTokens& p, const Weights& w, const float* normal, int64_t rows, float* projected) {
-  multiply({normal, p.channels, 1}, w.w1, rows, p.hidden, p.channels, projected, p.hidden, false);
+template <class T>
+void project(const SlimTokens& p, const Weights& w, const Operand<T>* normal, int64_t rows, float* projected, float* stage) {
+  Product<Operand<T>>::multiply_rows(normal, p.channels, w.w1, rows, p.hidden, p.channels, projected, p.hidden, false, stage);
   for (int64_t i = 0; i < rows; ++i) {
     float* row = projected + i * p.hidden;
     for_vectors(p.hidden, [&](int64_t j, int count) {
@@ -117,8 +133,19 @@ static void project(const SlimTokens& p, const Weights& w, const float* normal, 
   }
 }
 
-static void gelu_rows(const float* from, int64_t count, float* to) {
-  for_vectors(count, [&](int64_t i, int lanes) { store_some(to + i, gelu(load_some(from + i, lanes)), lanes); });
+// logits (rows, M) = scale · GELU(projected) · w2ᵀ. The scale is stored with them: whoever reads a logit reads the same bits.
+template <class T>
+void score_slots(const SlimTokens& p, const Weights& w, const float* projected, int64_t rows, Operand<T>* hidden,
+                 float* logits, float* stage) {
+  for_vectors(rows * p.hidden, [&](int64_t i, int lanes) {
+    store_some(hidden + i, gelu(load_some(projected + i, lanes)), lanes);
+  });
+  const int64_t slots = slot_stride(p);
+  Product<Operand<T>>::multiply_rows(hidden, p.hidden, w.w2, rows, p.slots, p.hidden, logits, slots, false, stage);
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = logits + i * slots;
+    for_vectors(p.slots, [&](int64_t m, int lanes) { store_some(row + m, load_some(row + m, lanes) * p.scale, lanes); });
+  }
 }
 
 // Hands the items [0, count) to `workers`, the next one to whoever is free: body(worker, item).
@@ -131,8 +158,6 @@ TK_INLINE void share(const Pool& pool, int64_t workers, int64_t count, const Bod
     }
   });
 }
-
-TK_INLINE int64_t slot_stride(const SlimTokens& p) { return round_up(p.slots, kLanes); }
 
 // Where part i of `parts` begins in [0, count).
 TK_INLINE int64_t part(int64_t count, int64_t i, int64_t parts) { return count * i / parts; }

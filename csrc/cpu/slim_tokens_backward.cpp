@@ -13,17 +13,19 @@ constexpr int64_t kSplits = 16;
 
 // What a worker needs for one tile of `rows` tokens and for the image that it belongs to.
 struct Workspace {
-  float* normal;         // (rows, C) after the layer norm; then its gradient
-  float* normal_packed;  // packed (rows, C)
-  float* values_grad;    // (rows, C): the gradient that reaches a token as a value
-  float* projected;      // (rows, H)
-  float* hidden;         // (rows, H) after the GELU; then its gradient, then that of `projected`
-  float* hidden_packed;  // packed (rows, H)
-  float* weights;        // (rows, M): logits; then softmax weights
-  float* shares;         // (rows, M): gradient of the weights; then of the logits
-  Moments* moments;      // (rows)
+  float* normal;           // (rows, C) after the layer norm, operands; then its gradient
+  float* normal_packed;    // packed (rows, C)
+  float* values_grad;      // (rows, C): the gradient that reaches a token as a value
+  float* projected;        // (rows, H); then its gradient, read by columns
+  float* hidden;           // (rows, H) after the GELU, operands
+  float* hidden_packed;    // packed (rows, H)
+  float* hidden_grad;      // (rows, H): gradient after the GELU, then before it
+  float* weights;          // (rows, M): logits, then softmax weights, then the shares read by columns
+  float* shares;           // (rows, M): gradient of the weights, then of the logits
+  Moments* moments;        // (rows)
   float* grad_by_channel;  // packed (C, M): the image's output gradient, for x · gradᵀ
   float* grad_by_slot;     // packed (M, C): the same, for weights · grad
+  float* stage;
 };
 
 // The sums that one run of tiles gathers for the weights.
@@ -51,11 +53,13 @@ Workspace take_workspace(const SlimTokens& p, int64_t rows, Arena& arena) {
   w.projected = arena.floats(rows * p.hidden);
   w.hidden = arena.floats(rows * p.hidden);
   w.hidden_packed = arena.floats(packed_size(rows, p.hidden));
+  w.hidden_grad = arena.floats(rows * p.hidden);
   w.weights = arena.floats(rows * slots);
   w.shares = arena.floats(rows * slots);
   w.moments = reinterpret_cast<Moments*>(arena.bytes(rows * static_cast<int64_t>(sizeof(Moments))));
   w.grad_by_channel = arena.floats(packed_size(p.channels, p.slots));
   w.grad_by_slot = arena.floats(packed_size(p.slots, p.channels));
+  w.stage = arena.floats(stage_size(p, rows));
   return w;
 }
 
@@ -72,11 +76,11 @@ Plan plan_for(const SlimTokens& p) {
   return {tiles, rows, smaller(kSplits, p.batch * tiles), workspace.used, sums.used};
 }
 
-// The scratch of one call; the plain weights are those of the products that lead back.
+// The scratch of one call. The second w1 and w2 are for the products that lead back.
 struct Scratch {
   Weights weights;
   float* w1;  // packed (H, C)
-  float* w2;  // packed (M, H), times the scale
+  float* w2;  // packed (M, H)
   float* totals;  // (B, tiles, 2, M): over a tile's tokens, the sum of their weights, and of their weighted shares
   char *workspaces, *sums;
 };
@@ -106,14 +110,15 @@ template <class T>
 void enter_image(const SlimTokensBackward& q, int64_t b, const Workspace& w) {
   const SlimTokens& p = q.forward;
   const T* grad = static_cast<const T*>(q.grad_out) + b * q.grad_batch;
-  pack(grad, 1, q.grad_slot, p.channels, p.slots, w.grad_by_channel);
-  pack(grad, q.grad_slot, 1, p.slots, p.channels, w.grad_by_slot);
+  Product<T>::pack(grad, 1, q.grad_slot, p.channels, p.slots, w.grad_by_channel);
+  Product<T>::pack(grad, q.grad_slot, 1, p.slots, p.channels, w.grad_by_slot);
 }
 
 template <class T>
 void normalise(const SlimTokens& p, const Scratch& s, int64_t b, int64_t first, int64_t rows, const Workspace& w) {
   for (int64_t i = 0; i < rows; ++i) {
-    w.moments[i] = layer_norm(p, s.weights, token<T>(p, b, first + i), w.normal + i * p.channels);
+    w.moments[i] = layer_norm(p, s.weights, token<T>(p, b, first + i),
+                              reinterpret_cast<Operand<T>*>(w.normal) + i * p.channels);
   }
 }
 
@@ -125,17 +130,11 @@ void score(const SlimTokens& p, const Scratch& s, int64_t b, int64_t first, int6
     std::memcpy(w.projected, p.projected + (b * p.tokens + first) * p.hidden,
                 static_cast<size_t>(rows * p.hidden) * sizeof(float));
   } else {
-    project(p, s.weights, w.normal, rows, w.projected);
+    project<T>(p, s.weights, reinterpret_cast<const Operand<T>*>(w.normal), rows, w.projected, w.stage);
   }
-  gelu_rows(w.projected, rows * p.hidden, w.hidden);
-  multiply({w.hidden, p.hidden, 1}, s.weights.w2, rows, p.slots, p.hidden, w.weights, slots, false);
-  Left x = {w.values_grad, p.channels, 1};
-  if constexpr (sizeof(T) == sizeof(float)) {
-    x = {token<T>(p, b, first), p.x_token, 1};
-  } else {
-    widen_rows(token<T>(p, b, first), p.x_token, rows, p.channels, w.values_grad, p.channels);
-  }
-  multiply(x, w.grad_by_channel, rows, p.slots, p.channels, w.shares, slots, false);
+  score_slots<T>(p, s.weights, w.projected, rows, reinterpret_cast<Operand<T>*>(w.hidden), w.weights, w.stage);
+  Product<T>::multiply_rows(token<T>(p, b, first), p.x_token, w.grad_by_channel, rows, p.slots, p.channels, w.shares, slots,
+                            false, w.stage);
 }
 
 TK_INLINE Floats weight_of(const float* logits, const float* lse, int lanes) {
@@ -179,13 +178,14 @@ void softmax_backward(const SlimTokens& p, const Plan& plan, int64_t b, int64_t 
   });
 }
 
-// hidden holds the gradient after the GELU; here it becomes that before the GELU.
+// hidden_grad holds the gradient after the GELU, but for the scale; here it becomes that before the GELU.
 void gelu_backward(const SlimTokens& p, int64_t rows, const Workspace& w, const Sums& sums) {
   for_vectors(p.hidden, [&](int64_t j, int lanes) {
     Floats total = load_some(sums.b1 + j, lanes);
     for (int64_t i = 0; i < rows; ++i) {
-      float* at = w.hidden + i * p.hidden + j;
-      const Floats grad = load_some(at, lanes) * gelu_slope(load_some(w.projected + i * p.hidden + j, lanes));
+      float* at = w.hidden_grad + i * p.hidden + j;
+      const Floats slope = gelu_slope(load_some(w.projected + i * p.hidden + j, lanes));
+      const Floats grad = load_some(at, lanes) * p.scale * slope;
       store_some(at, grad, lanes);
       total += grad;
     }
@@ -228,25 +228,40 @@ Item item_at(const SlimTokens& p, const Plan& plan, int64_t item) {
 
 float* totals_of(const SlimTokens& p, const Scratch& s, int64_t item) { return s.totals + item * 2 * slot_stride(p); }
 
+// From the gradient of the logits to those of w2, b1, w1 and of what the layer norm gave.
+template <class T>
+void hidden_backward(const SlimTokens& p, const Scratch& s, int64_t rows, bool fresh, const Workspace& w, const Sums& sums) {
+  using Kind = typename Product<T>::Kind;
+  using Side = Product<T>;
+  const int64_t slots = slot_stride(p), channels = p.channels, hidden = p.hidden, words = Kind::words(rows);
+  multiply<Kind>(Side::columns(w.shares, slots, rows, p.slots, w.weights, slots), w.hidden_packed, p.slots, hidden, words,
+                 sums.w2, hidden, !fresh);
+  multiply<Kind>(Side::rows(w.shares, slots, rows, p.slots, w.shares, slots), s.w2, rows, hidden, Kind::words(p.slots),
+                 w.hidden_grad, hidden, false);
+  gelu_backward(p, rows, w, sums);
+  multiply<Kind>(Side::columns(w.hidden_grad, hidden, rows, hidden, w.projected, hidden), w.normal_packed, hidden, channels,
+                 words, sums.w1, channels, !fresh);
+  multiply<Kind>(Side::rows(w.hidden_grad, hidden, rows, hidden, w.hidden_grad, hidden), s.w1, rows, channels,
+                 Kind::words(hidden), w.normal, channels, false);
+}
+
 // `fresh`: the first tile of its run, whose products begin the sums.
 template <class T>
 void tile_backward(const SlimTokensBackward& q, const Plan& plan, const Scratch& s, int64_t item, bool fresh,
                    const Workspace& w, const Sums& sums) {
+  using Kind = typename Product<T>::Kind;
   const SlimTokens& p = q.forward;
   const auto [b, number, first, rows] = item_at(p, plan, item);
   const int64_t slots = slot_stride(p);
   normalise<T>(p, s, b, first, rows, w);
   score<T>(p, s, b, first, rows, w);
-  pack(w.normal, p.channels, 1, rows, p.channels, w.normal_packed);
-  pack(w.hidden, p.hidden, 1, rows, p.hidden, w.hidden_packed);
+  Product<Operand<T>>::pack(reinterpret_cast<Operand<T>*>(w.normal), p.channels, 1, rows, p.channels, w.normal_packed);
+  Product<Operand<T>>::pack(reinterpret_cast<Operand<T>*>(w.hidden), p.hidden, 1, rows, p.hidden, w.hidden_packed);
   if (plan.tiles == 1) sum_shares(p, b, rows, w, totals_of(p, s, item));
   softmax_backward(p, plan, b, rows, s, w);
-  multiply({w.weights, slots, 1}, w.grad_by_slot, rows, p.channels, p.slots, w.values_grad, p.channels, false);
-  multiply({w.shares, 1, slots}, w.hidden_packed, p.slots, p.hidden, rows, sums.w2, p.hidden, !fresh);
-  multiply({w.shares, slots, 1}, s.w2, rows, p.hidden, p.slots, w.hidden, p.hidden, false);
-  gelu_backward(p, rows, w, sums);
-  multiply({w.hidden, 1, p.hidden}, w.normal_packed, p.hidden, p.channels, rows, sums.w1, p.channels, !fresh);
-  multiply({w.hidden, p.hidden, 1}, s.w1, rows, p.channels, p.hidden, w.normal, p.channels, false);
+  multiply<Kind>(Product<T>::rows(w.weights, slots, rows, p.slots, w.weights, slots), w.grad_by_slot, rows, p.channels,
+                 Kind::words(p.slots), w.values_grad, p.channels, false);
+  hidden_backward<T>(p, s, rows, fresh, w, sums);
   for (int64_t i = 0; i < rows; ++i) {
     norm_backward(p, s.weights, token<T>(p, b, first + i), w.moments[i], w.normal + i * p.channels,
                   w.values_grad + i * p.channels, sums,
@@ -318,9 +333,8 @@ template <class T>
 void backward(const SlimTokensBackward& q, const Plan& plan, const Scratch& s, int64_t workers, const Pool& pool) {
   const SlimTokens& p = q.forward;
   pack_weights<T>(p, s.weights);
-  pack(static_cast<const T*>(p.w1), p.w1_row, 1, p.hidden, p.channels, s.w1);
-  pack(static_cast<const T*>(p.w2), p.w2_row, 1, p.slots, p.hidden, s.w2);
-  scale_all(s.w2, packed_size(p.slots, p.hidden), p.scale);
+  Product<T>::pack(static_cast<const T*>(p.w1), p.w1_row, 1, p.hidden, p.channels, s.w1);
+  Product<T>::pack(static_cast<const T*>(p.w2), p.w2_row, 1, p.slots, p.hidden, s.w2);
   if (plan.tiles > 1) sum_all_shares<T>(q, plan, s, workers, pool);
   share(pool, workers, plan.splits, [&](int64_t worker, int64_t split) {
     run_of_tiles<T>(q, plan, s, split, workspace_of(p, plan, s, worker));

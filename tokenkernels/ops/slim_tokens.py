@@ -238,6 +238,7 @@ OP = Op(
     bad=cases.BAD,
     cost=cases.cost,
     length=cases.length,
+    compare=cases.compare,
     differentiable=("x", "norm_weight", "norm_bias", "w1", "b1", "w2", "scale"),
     backward=_backward,
     setup_context=_setup_context,
