@@ -221,6 +221,40 @@ struct AggregateLogitsBackward {
 };
 Status aggregate_logits_backward(const AggregateLogitsBackward& params, const Pool& pool);
 int64_t aggregate_logits_backward_scratch(const AggregateLogitsBackward& params, int threads);
+
+// slim_tokens: softmax over the tokens of scale · GELU(LN(x) · w1ᵀ + b1) · w2ᵀ, applied to x. H is the hidden width of the projection.
+struct SlimTokens {
+  DType dtype;                               // of every `const void*` and of `out`
+  int64_t batch, tokens, channels, hidden, slots;  // B, N, C, H, M
+  const void* x;                             // (B, N, C)
+  int64_t x_batch, x_token;                  // strides
+  const void *norm_weight, *norm_bias;       // (C)
+  const void* w1;                            // (H, C)
+  const void* b1;                            // (H)
+  const void* w2;                            // (M, H)
+  int64_t w1_row, w2_row;                    // strides
+  float scale;
+  float eps;
+  void* out;         // (B, M, C), contiguous
+  float* lse;        // (B, M): logarithm of the softmax's denominator
+  float* projected;  // (B, N, H): what goes into the GELU, for the backward pass; or null
+  void* scratch;
+};
+Status slim_tokens(const SlimTokens& params, const Pool& pool);
+int64_t slim_tokens_scratch(const SlimTokens& params, int threads);
+
+// slim_tokens_backward: the gradients of everything that slim_tokens reads.
+struct SlimTokensBackward {
+  SlimTokens forward;      // its inputs; `out`, `lse` as it left them; `projected` may be null, then it is computed again
+  const void* grad_out;    // (B, M, C), of the same dtype
+  int64_t grad_batch, grad_slot;  // strides
+  void* grad_x;            // (B, N, C), contiguous
+  void *grad_norm_weight, *grad_norm_bias, *grad_w1, *grad_b1, *grad_w2;  // contiguous, of the same dtype
+  float* grad_scale;       // one number
+  void* scratch;
+};
+Status slim_tokens_backward(const SlimTokensBackward& params, const Pool& pool);
+int64_t slim_tokens_backward_scratch(const SlimTokensBackward& params, int threads);
 // score_attention: the share of attention that each key receives from the rows of `query`. softmax over the visible keys of
 // scale·⟨q, k⟩, then the mean over heads, then the sum and the maximum over rows.
 struct ScoreAttention {

@@ -18,6 +18,7 @@ from .checks.assign_nearest import assign_nearest as _check_assign_nearest
 from .checks.assign_residual import assign_residual as _check_assign_residual
 from .checks.aggregate_logits import aggregate_logits as _check_aggregate_logits
 from .checks.aggregate_soft import aggregate_soft as _check_aggregate_soft
+from .checks.slim_tokens import slim_tokens as _check_slim_tokens
 from .checks import compact_kv as _check_compact_kv
 from .checks.gather_topk import gather_topk as _check_gather_topk
 from .checks.score_attention import score_attention as _check_score_attention
@@ -160,6 +161,22 @@ def accumulate_codes(x: Array, index: Array, K: int, *, grouped: bool = False) -
     """Counts and adds up the tokens of every code; see `tokenkernels.accumulate_codes`."""
     _check_accumulate_codes(x, index, K, grouped)
     return Accumulated(*_core.accumulate_codes(x, index, K, grouped))
+def slim_tokens(
+    x: Array,
+    norm_weight: Array,
+    norm_bias: Array,
+    w1: Array,
+    b1: Array,
+    w2: Array,
+    scale: Array | float = 1.0,
+    *,
+    eps: float = 1e-5,
+) -> Array:
+    """Replaces N tokens by M weighted means of them; see `tokenkernels.slim_tokens`."""
+    _check_slim_tokens((x, norm_weight, norm_bias, w1, b1, w2), scale, eps)
+    return _core.slim_tokens(x, norm_weight, norm_bias, w1, b1, w2, float(scale), eps)
+
+
 def score_attention(
     query: Array,
     key: Array,

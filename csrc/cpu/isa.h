@@ -17,6 +17,10 @@
   X(accumulate_codes, AccumulateCodes) \
   X(assign_nearest, AssignNearest) \
   X(assign_residual, AssignResidual) \
+  X(slim_tokens, SlimTokens) \
+  X(slim_tokens_backward, SlimTokensBackward)
+
+#define TK_PLAIN_KERNELS(X) \
   X(compact_kv, CompactKv) \
   X(gather_topk, GatherTopk) \
   X(gather_topk_backward, GatherTopkBackward) \

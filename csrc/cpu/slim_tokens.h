@@ -1,0 +1,166 @@
+// What the forward and the backward pass of slim_tokens share: scratch, packed weights, layer norm, the hidden layer of a tile.
+#pragma once
+
+#include "cpu/gelu.h"
+#include "cpu/gemm.h"
+#include "cpu/simd.h"
+
+namespace tk::TK_ISA {
+namespace {
+
+TK_INLINE int64_t round_up(int64_t value, int64_t unit) { return ceil_div(value, unit) * unit; }
+
+// Deals out arrays from a block of memory aligned to 64 bytes. From a null pointer it only counts what would be `used`.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+
+  TK_INLINE char* bytes(int64_t count) {
+    char* part = base == nullptr ? nullptr : base + used;
+    used += round_up(count, 64);
+    return part;
+  }
+
+  TK_INLINE float* floats(int64_t count) {
+    return reinterpret_cast<float*>(bytes(count * static_cast<int64_t>(sizeof(float))));
+  }
+};
+
+// Slots of a row of logits, padded to whole vectors.
+TK_INLINE int64_t slot_stride(const SlimTokens& p) { return round_up(p.slots, kLanes); }
+
+// Calls body(c, count) for each vector of a row of `cols`.
+template <class Body>
+TK_INLINE void for_vectors(int64_t cols, const Body& body) {
+  int64_t c = 0;
+  for (; c + kLanes <= cols; c += kLanes) body(c, kLanes);
+  if (c < cols) body(c, static_cast<int>(cols - c));
+}
+
+template <class T>
+TK_INLINE Floats load_some(const T* from, int count) {
+  return count == kLanes ? load(from) : load(from, count);
+}
+
+template <class T>
+TK_INLINE void store_some(T* to, Floats value, int count) {
+  count == kLanes ? store(to, value) : store(to, value, count);
+}
+
+// What the kernel itself makes and multiplies: float32, or T where pairs of T are multiplied.
+template <class Kind, class T>
+struct OperandOf {
+  using type = float;
+};
+template <class T>
+struct OperandOf<Pairs, T> {
+  using type = T;
+};
+template <class T>
+using Operand = typename OperandOf<typename Product<T>::Kind, T>::type;
+
+// The weights as every tile reads them.
+struct Weights {
+  float *norm_weight, *norm_bias;  // (C)
+  float* b1;                       // (H)
+  float* w1;                       // packed (C, H)
+  float* w2;                       // packed (H, M)
+};
+
+static Weights take_weights(const SlimTokens& p, Arena& arena) {
+  return {arena.floats(p.channels), arena.floats(p.channels), arena.floats(p.hidden),
+          arena.floats(packed_size(p.channels, p.hidden)), arena.floats(packed_size(p.hidden, p.slots))};
+}
+
+template <class T>
+void pack_weights(const SlimTokens& p, const Weights& w) {
+  widen_rows(static_cast<const T*>(p.norm_weight), 0, 1, p.channels, w.norm_weight, 0);
+  widen_rows(static_cast<const T*>(p.norm_bias), 0, 1, p.channels, w.norm_bias, 0);
+  widen_rows(static_cast<const T*>(p.b1), 0, 1, p.hidden, w.b1, 0);
+  Product<T>::pack(static_cast<const T*>(p.w1), 1, p.w1_row, p.channels, p.hidden, w.w1);
+  Product<T>::pack(static_cast<const T*>(p.w2), 1, p.w2_row, p.hidden, p.slots, w.w2);
+}
+
+// Words that products of halves need beside their operands.
+static int64_t stage_size(const SlimTokens& p, int64_t rows) {
+  return p.dtype == DType::kFloat32 ? 0 : Product<BFloat16>::stage(rows);
+}
+
+// Of one token's channels. `rest` is what `mean` lost by rounding: far from the origin it is not small.
+struct Moments {
+  float mean, rest, rstd;
+
+  TK_INLINE Floats standard(Floats value) const { return ((value - mean) - rest) * rstd; }
+};
+
+// One row to zero mean and unit variance, times weight, plus bias.
+template <class T>
+Moments layer_norm(const SlimTokens& p, const Weights& w, const T* from, Operand<T>* to) {
+  const auto channels = static_cast<float>(p.channels);
+  Floats total{};
+  for_vectors(p.channels, [&](int64_t c, int count) { total += load_some(from + c, count); });
+  const float mean = sum(total) / channels;
+  Floats rests{}, squares{};
+  for_vectors(p.channels, [&](int64_t c, int count) {
+    const Floats centred = select(iota() < splat_int(count), load_some(from + c, count) - mean, splat(0.0f));
+    rests += centred;
+    squares += centred * centred;
+  });
+  const float rest = sum(rests) / channels;
+  const float variance = sum(squares) / channels - rest * rest;
+  const Moments moments = {mean, rest, 1.0f / __builtin_sqrtf(variance + p.eps)};
+  for_vectors(p.channels, [&](int64_t c, int count) {
+    const Floats standard = moments.standard(load_some(from + c, count));
+    store_some(to + c, standard * load_some(w.norm_weight + c, count) + load_some(w.norm_bias + c, count), count);
+  });
+  return moments;
+}
+
+template <class T>
+TK_INLINE const T* token(const SlimTokens& p, int64_t image, int64_t n) {
+  return static_cast<const T*>(p.x) + image * p.x_batch + n * p.x_token;
+}
+
+// projected (rows, H) = normal (rows, C) · w1ᵀ + b1
+template <class T>
+void project(const SlimTokens& p, const Weights& w, const Operand<T>* normal, int64_t rows, float* projected, float* stage) {
+  Product<Operand<T>>::multiply_rows(normal, p.channels, w.w1, rows, p.hidden, p.channels, projected, p.hidden, false, stage);
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = projected + i * p.hidden;
+    for_vectors(p.hidden, [&](int64_t j, int count) {
+      store_some(row + j, load_some(row + j, count) + load_some(w.b1 + j, count), count);
+    });
+  }
+}
+
+// logits (rows, M) = scale · GELU(projected) · w2ᵀ. The scale is stored with them: whoever reads a logit reads the same bits.
+template <class T>
+void score_slots(const SlimTokens& p, const Weights& w, const float* projected, int64_t rows, Operand<T>* hidden,
+                 float* logits, float* stage) {
+  for_vectors(rows * p.hidden, [&](int64_t i, int lanes) {
+    store_some(hidden + i, gelu(load_some(projected + i, lanes)), lanes);
+  });
+  const int64_t slots = slot_stride(p);
+  Product<Operand<T>>::multiply_rows(hidden, p.hidden, w.w2, rows, p.slots, p.hidden, logits, slots, false, stage);
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = logits + i * slots;
+    for_vectors(p.slots, [&](int64_t m, int lanes) { store_some(row + m, load_some(row + m, lanes) * p.scale, lanes); });
+  }
+}
+
+// Hands the items [0, count) to `workers`, the next one to whoever is free: body(worker, item).
+template <class Body>
+TK_INLINE void share(const Pool& pool, int64_t workers, int64_t count, const Body& body) {
+  int64_t ticket = 0;
+  parallel_for(pool, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t i; (i = __atomic_fetch_add(&ticket, 1, __ATOMIC_RELAXED)) < count;) body(worker, i);
+    }
+  });
+}
+
+// Where part i of `parts` begins in [0, count).
+TK_INLINE int64_t part(int64_t count, int64_t i, int64_t parts) { return count * i / parts; }
+
+}  // namespace
+}  // namespace tk::TK_ISA

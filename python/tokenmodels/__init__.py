@@ -1,0 +1,1 @@
+"""Token-reduction methods, assembled from `tokenkernels`; each reads like its paper."""

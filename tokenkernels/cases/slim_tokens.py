@@ -1,0 +1,117 @@
+"""The inputs that slim_tokens is tried on, the calls it refuses, and what a call must cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._case import Case, Make, close
+
+
+def _shapes(
+    batch: int, tokens: int, channels: int, slots: int, hidden: int | None = None, **options: Any
+) -> Any:
+    def make(t: Make) -> dict[str, Any]:
+        width = channels // 2 if hidden is None else hidden
+        scale = options.get("scale", torch.tensor(1.5, dtype=t.dtype, device=t.device))
+        return {
+            "x": t.randn(batch, tokens, channels),
+            "norm_weight": (1 + 0.2 * t.randn(channels, dtype=torch.float32)).to(t.dtype),
+            "norm_bias": 0.1 * t.randn(channels),
+            "w1": (t.randn(width, channels, dtype=torch.float32) / channels**0.5).to(t.dtype),
+            "b1": 0.1 * t.randn(width),
+            "w2": (4 * t.randn(slots, width, dtype=torch.float32) / width**0.5).to(t.dtype),
+        } | options | {"scale": scale}  # fmt: skip
+
+    return make
+
+
+def _patches(t: Make) -> dict[str, Any]:
+    """Patch tokens behind a class token: what a model passes, read in place."""
+    kwargs = _shapes(3, 20, 16, 7)(t)
+    return kwargs | {"x": kwargs["x"][:, 1:]}
+
+
+def _far(t: Make) -> dict[str, Any]:
+    """Tokens away from the origin."""
+    kwargs = _shapes(2, 30, 24, 6, scale=2.0)(t)
+    return kwargs | {"x": kwargs["x"] + 5}
+
+
+def cost(kwargs: dict[str, Any]) -> tuple[float, float]:
+    x, slots, hidden = kwargs["x"], *kwargs["w2"].shape
+    batch, tokens, channels = x.shape
+    numbers = batch * (tokens + slots) * channels + hidden * (channels + slots)
+    macs = batch * tokens * (channels * hidden + hidden * slots + slots * channels)
+    return numbers * x.element_size(), 2 * macs
+
+
+def length(kwargs: dict[str, Any]) -> int:
+    """The sums of layer norm, projection, logits, aggregation, and of the scale's gradient."""
+    (_, tokens, channels), (slots, hidden) = kwargs["x"].shape, kwargs["w2"].shape
+    return tokens + 2 * channels + hidden + slots * hidden
+
+
+def compare(
+    got: list[Tensor], want: list[Tensor], low: list[Tensor], kwargs: dict[str, Any]
+) -> None:
+    """As for every op, but in bfloat16: no further off than the formula run in bfloat16.
+
+    Where the processor multiplies pairs of bfloat16, normalised and hidden tokens and weights are
+    rounded to it, as any model in bfloat16 rounds them.
+    """
+    if got[0].dtype == torch.bfloat16 and got[0].numel():
+        k = {n: v for n, v in kwargs.items() if n not in ("scale", "eps")}
+        x, g, b, w1, b1, w2 = k.values()
+        normal = F.layer_norm(x, x.shape[-1:], g, b, kwargs.get("eps", 1e-5))
+        logits = kwargs["scale"] * F.linear(F.gelu(F.linear(normal, w1, b1)), w2)
+        low = [torch.bmm(logits.softmax(1).transpose(1, 2), x)]
+    close(got, want, low, length(kwargs))
+
+
+CASES = [
+    Case("small", _shapes(2, 37, 48, 11)),
+    Case("odd", _shapes(3, 23, 21, 5, hidden=9, scale=0.7)),
+    Case("one-token", _shapes(2, 1, 20, 3)),
+    Case("more-slots", _shapes(2, 6, 17, 19, hidden=33)),
+    Case("negative-scale", _shapes(1, 40, 32, 4, scale=-2.0, eps=1e-3)),
+    Case("patches", _patches),
+    Case("far", _far),
+    Case("tiles", _shapes(2, 300, 18, 17)),
+    Case("sit-s stage 1 16x196x384 M=98", _shapes(16, 196, 384, 98), ("bench",)),
+    Case("sit-s stage 2 16x98x384 M=49", _shapes(16, 98, 384, 49), ("bench",)),
+    Case("sit-s stage 3 16x49x384 M=24", _shapes(16, 49, 384, 24), ("bench",)),
+]
+
+BAD = [
+    (lambda kw: {"x": kw["x"][0]}, ValueError, "slim_tokens: x: allowed 3 dimensions"),
+    (lambda kw: {"x": kw["x"][:, :0]}, ValueError, "slim_tokens: x: allowed at least one token"),
+    (
+        lambda kw: {"x": kw["x"][..., :-1]},
+        ValueError,
+        "slim_tokens: norm_weight: allowed shape \\(47\\)",
+    ),
+    (lambda kw: {"x": kw["x"].long()}, TypeError, "slim_tokens: x: allowed a tensor of float32"),
+    (lambda kw: {"x": kw["x"].double()}, TypeError, 'backend="reference"'),
+    (lambda kw: {"x": None}, TypeError, "slim_tokens: x: allowed a tensor"),
+    (
+        lambda kw: {"norm_bias": kw["norm_bias"][1:]},
+        ValueError,
+        "slim_tokens: norm_bias: allowed shape",
+    ),
+    (lambda kw: {"w1": kw["w1"].half()}, TypeError, "slim_tokens: w1: allowed the dtype of x"),
+    (lambda kw: {"w1": kw["w1"].T}, ValueError, "slim_tokens: w1: allowed shape"),
+    (lambda kw: {"b1": kw["w1"]}, ValueError, "slim_tokens: b1: allowed shape"),
+    (lambda kw: {"w2": kw["w2"][:, 1:]}, ValueError, "slim_tokens: w2: allowed shape"),
+    (lambda kw: {"w2": kw["w2"][:0]}, ValueError, "slim_tokens: w1, w2: allowed at least one row"),
+    (
+        lambda kw: {"scale": kw["scale"][None]},
+        ValueError,
+        "slim_tokens: scale: allowed 0 dimensions",
+    ),
+    (lambda kw: {"scale": "1"}, TypeError, "slim_tokens: scale: allowed a number"),
+    (lambda kw: {"eps": 0.0}, ValueError, "slim_tokens: eps: allowed a number above 0"),
+]
