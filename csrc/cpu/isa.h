@@ -11,24 +11,22 @@
   X(aggregate_logits, AggregateLogits) \
   X(aggregate_logits_backward, AggregateLogitsBackward) \
   X(aggregate_soft, AggregateSoft) \
-  X(aggregate_soft_backward, AggregateSoftBackward)
+  X(aggregate_soft_backward, AggregateSoftBackward) \
+  X(score_attention, ScoreAttention) \
+  X(slim_tokens, SlimTokens) \
+  X(slim_tokens_backward, SlimTokensBackward)
 
 #define TK_PLAIN_KERNELS(X) \
   X(accumulate_codes, AccumulateCodes) \
   X(assign_nearest, AssignNearest) \
   X(assign_residual, AssignResidual) \
-  X(slim_tokens, SlimTokens) \
-  X(slim_tokens_backward, SlimTokensBackward)
-
-#define TK_PLAIN_KERNELS(X) \
   X(compact_kv, CompactKv) \
   X(gather_topk, GatherTopk) \
   X(gather_topk_backward, GatherTopkBackward) \
   X(gather_topk_select, GatherTopk) \
   X(merge_adjacent, MergeAdjacent) \
   X(merge_backward, MergeBackward) \
-  X(merge_runs, MergeRuns) \
-  X(score_attention, ScoreAttention)
+  X(merge_runs, MergeRuns)
 
 #define TK_CPU_KERNELS(X) TK_PAIR_KERNELS(X) TK_PLAIN_KERNELS(X)
 

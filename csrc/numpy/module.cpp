@@ -7,12 +7,12 @@ void bind_aggregate_logits(py::module_& m);
 void bind_aggregate_soft(py::module_& m);
 void bind_assign_nearest(py::module_& m);
 void bind_assign_residual(py::module_& m);
-void bind_slim_tokens(py::module_& m);
 void bind_compact_kv(py::module_& m);
 void bind_gather_topk(py::module_& m);
 void bind_merge_adjacent(py::module_& m);
 void bind_merge_runs(py::module_& m);
 void bind_score_attention(py::module_& m);
+void bind_slim_tokens(py::module_& m);
 }  // namespace tk::bind
 
 PYBIND11_MODULE(_numpy, m) {
@@ -23,10 +23,10 @@ PYBIND11_MODULE(_numpy, m) {
   tk::bind::bind_aggregate_soft(m);
   tk::bind::bind_assign_nearest(m);
   tk::bind::bind_assign_residual(m);
-  tk::bind::bind_slim_tokens(m);
   tk::bind::bind_compact_kv(m);
   tk::bind::bind_gather_topk(m);
   tk::bind::bind_merge_adjacent(m);
   tk::bind::bind_merge_runs(m);
   tk::bind::bind_score_attention(m);
+  tk::bind::bind_slim_tokens(m);
 }
