@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -43,14 +43,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=[
-        "tokenkernels",
-        "tokenkernels.checks",
-        "tokenkernels.ops",
-        "tokenkernels.triton",
-        "tokenmodels",
-        "tokenmodels.sit",
-    ],
+    packages=[*find_packages(include=["tokenkernels*"]), *find_packages("python")],
     package_dir={"tokenkernels": "tokenkernels", "tokenmodels": "python/tokenmodels"},
     ext_modules=[Extension("tokenkernels._torch", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

@@ -21,7 +21,7 @@ import torch
 import tokenkernels.ops
 from bench import roofline
 from bench.contenders import Cell, contenders, judge, names, prepared, truth
-from bench.settings import keep_freed_memory
+from bench.settings import give_back_memory, keep_freed_memory
 from bench.timing import alternate, extra_memory
 from tokenkernels._op import OPS, tensors_in
 
@@ -82,6 +82,8 @@ def measure(
 ) -> list[Row]:
     """The rows of one cell. After `compile_until` seconds nothing more is compiled."""
     torch._dynamo.reset()
+    gc.collect()
+    give_back_memory()
     start = time.perf_counter()
     with cell.mode():
         kwargs = cell.kwargs()

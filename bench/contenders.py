@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from bench.peers import COMPILED, Peer, peers_of
-from tokenkernels._case import Case, close
+from tokenkernels._case import Case
 from tokenkernels._op import Op, tensors_in
 
 DEVICE = "cpu"
@@ -92,7 +92,7 @@ def takes_part(cell: Cell, peer: Peer) -> bool:
 
 
 def contenders(cell: Cell) -> list[Contender]:
-    compare = compare_gradients(cell) if cell.gradient else cell.op.check
+    compare = cell.op.check_gradients if cell.gradient else cell.op.check
     found = [
         Contender(name, "ours" if name in OURS else "reference", backend(cell.op, name), compare)
         for name in (*OURS, "reference")
@@ -109,13 +109,6 @@ def backend(op: Op, name: str) -> Callable[..., Any]:
     if op.function is not None:
         return functools.partial(op.function, backend=name)
     return lambda **kwargs: op.run(kwargs, name)
-
-
-def compare_gradients(cell: Cell) -> Callable[..., None]:
-    """Gradients pass through twice the sums of the forward pass, of products: the bound of four
-    times the length.
-    """
-    return lambda got, want, low, kwargs: close(got, want, low, 4 * cell.op.length(kwargs))
 
 
 def prepared(cell: Cell, kwargs: Kwargs, function: Callable[..., Any]) -> Callable[[], Any]:

@@ -35,3 +35,10 @@ def keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_threshold = -1, -3
         libc.mallopt(m_mmap_threshold, 2**31 - 1)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def give_back_memory() -> None:
+    """Hands back to the system what was freed: large cells must not add up."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

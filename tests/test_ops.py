@@ -23,7 +23,7 @@ from trial import (
     wide,
 )
 
-from tokenkernels._op import OPS, Case, Op, close, tensors_in
+from tokenkernels._op import OPS, Case, Op, tensors_in
 
 
 @every_case
@@ -158,7 +158,7 @@ def test_gradient(op: Op, case: Case, backend: str) -> None:
     got = gradients(arguments(op, case), backend)
     want = gradients(wide(arguments(op, case)), "reference")
     low = gradients(arguments(op, case), "reference")
-    close(got, want, low, 4 * op.length(arguments(op, case)))
+    op.check_gradients(got, want, low, arguments(op, case))
 
 
 bad_entries = [(op, number) for op in OPS.values() for number in range(len(op.bad))]

@@ -46,9 +46,10 @@ class Op:
     `schema` is a torch schema without namespace. `reference` and `fake` take its arguments;
     `function` is the public function that `cases` call by keyword (without one, cases hold the
     schema's arguments in order). `cost` gives the bytes and flops that a call must at least move
-    and do, `length` its longest sum, `supports` a reason per backend that cannot run it.
-    `backward(run, ctx, *grads)` calls other ops through `run(OP, *args)`, which keeps to the
-    overload that ran forward.
+    and do, `length` its longest sum (and
+    `gradient_length` that of its gradients; four times as long by default), `supports` a reason per
+    backend that cannot run it. `backward(run, ctx, *grads)` calls other ops through `run(OP,
+    *args)`, which keeps to the overload that ran forward.
     """
 
     schema: str
@@ -59,6 +60,7 @@ class Op:
     bad: list[Bad] = field(default_factory=list)
     cost: Callable[[dict[str, Any]], tuple[float, float]] = _zero_cost
     length: Callable[[dict[str, Any]], float] = lambda kwargs: 1
+    gradient_length: Callable[[dict[str, Any]], float] | None = None
     differentiable: tuple[str, ...] = ()
     backward: Callable[..., Any] | None = None
     setup_context: Callable[..., Any] | None = None
@@ -178,6 +180,17 @@ class Op:
             self.compare(got, want, low, kwargs)
         else:
             close(got, want, low, self.length(kwargs))
+
+    def check_gradients(
+        self,
+        got: list[torch.Tensor],
+        want: list[torch.Tensor],
+        low: list[torch.Tensor],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """The same for gradients, which pass through twice the sums of the forward, of products."""
+        length = self.gradient_length or (lambda kwargs: 4 * self.length(kwargs))
+        close(got, want, low, length(kwargs))
 
 
 def _run(kind: str, op: Op, *args: Any) -> Any:

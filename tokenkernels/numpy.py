@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import checks
+from .checks import compact_kv as _check_compact_kv
 from .checks.accumulate_codes import accumulate_codes as _check_accumulate_codes
-from .checks.assign_nearest import assign_nearest as _check_assign_nearest
-from .checks.assign_residual import assign_residual as _check_assign_residual
 from .checks.aggregate_logits import aggregate_logits as _check_aggregate_logits
 from .checks.aggregate_soft import aggregate_soft as _check_aggregate_soft
-from .checks.slim_tokens import slim_tokens as _check_slim_tokens
-from .checks import compact_kv as _check_compact_kv
+from .checks.assign_nearest import assign_nearest as _check_assign_nearest
+from .checks.assign_residual import assign_residual as _check_assign_residual
 from .checks.gather_topk import gather_topk as _check_gather_topk
-from .checks.score_attention import score_attention as _check_score_attention
 from .checks.merge_adjacent import merge_adjacent as _check_merge_adjacent
 from .checks.merge_runs import merge_runs as _check_merge_runs
+from .checks.score_attention import score_attention as _check_score_attention
+from .checks.slim_tokens import slim_tokens as _check_slim_tokens
 
 try:
     from . import _numpy as _core
@@ -161,6 +161,8 @@ def accumulate_codes(x: Array, index: Array, K: int, *, grouped: bool = False) -
     """Counts and adds up the tokens of every code; see `tokenkernels.accumulate_codes`."""
     _check_accumulate_codes(x, index, K, grouped)
     return Accumulated(*_core.accumulate_codes(x, index, K, grouped))
+
+
 def slim_tokens(
     x: Array,
     norm_weight: Array,

@@ -1,6 +1,10 @@
-"""What people write today to keep the k best tokens: topk, sort, gather; and the honest baseline, index_select on flat rows."""
+"""What people write today to keep the k best tokens: topk, sort, gather; and the honest baseline,
+index_select on flat rows.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +28,18 @@ def flat(x: Tensor, scores: Tensor, k: int) -> list[Tensor]:
     return [x.reshape(-1, channels).index_select(0, rows.reshape(-1)).view(batch, k, channels)]
 
 
-def _close_enough(
-    got: list[Tensor], want: list[Tensor], low: list[Tensor], kwargs: dict[str, object]
+def _but_for_ties(
+    got: list[Tensor], want: list[Tensor], low: list[Tensor], kwargs: dict[str, Any]
 ) -> None:
-    """torch.topk breaks ties as it likes: every row must be a row of x, and most must be the right one."""
+    """torch.topk breaks ties as it likes: nine in ten rows are the reference's."""
     assert got[0].shape == want[0].shape
-    right = (got[0].double() == want[0]).all(-1).double().mean().item()
-    assert right > 0.5, f"{right:.0%} of the rows are those of the reference"
+    direction = torch.linspace(0.5, 1.5, got[0].shape[-1], dtype=torch.float64)
+    for ours, theirs in zip(want[0].double() @ direction, got[0].double() @ direction, strict=True):
+        right = torch.isin(theirs, ours).double().mean().item()
+        assert right >= 0.9, f"{right:.0%} of the rows are those of the reference"
 
 
 PEERS = {
-    "topk, sort, gather": Peer(chain, compiled=True, compare=_close_enough),
-    "topk, sort, flat index_select": Peer(flat, compiled=True, compare=_close_enough),
+    "topk, sort, gather": Peer(chain, compiled=True, compare=_but_for_ties),
+    "topk, sort, flat index_select": Peer(flat, compiled=True, compare=_but_for_ties),
 }

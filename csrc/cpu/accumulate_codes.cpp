@@ -1,32 +1,22 @@
-// accumulate_codes on the CPU: every task owns some codes, or some columns of all codes, and walks all rows in ascending order, so
-// each sum is taken in the same order whatever the number of threads; nothing is sorted and nothing is shared.
+// accumulate_codes on the CPU: every task owns some codes and walks all rows in ascending order, so each sum is taken in the same
+// order whatever the number of threads; nothing is sorted and nothing is shared.
 #include "cpu/token_rows.h"
 
 namespace tk::TK_ISA {
 namespace {
 
-constexpr int64_t kSliceWidth = 64;  // columns are cut no finer: four cache lines of a row
-
-// What one task owns: codes [first, last) of a group, columns [left, right).
+// What one task owns: codes [first, last) of a group.
 struct Part {
-  int64_t group, first, last, left, right;
+  int64_t group, first, last;
 };
 
-struct Cut {
-  int64_t slices, ranges;  // columns are cut into slices first: then nobody reads a row in vain
-};
-
-TK_INLINE Cut cut_of(const AccumulateCodes& p, int threads) {
-  const int64_t wanted = ceil_div(threads, p.groups);
-  const int64_t slices = smaller(wanted, larger<int64_t>(1, p.dim / kSliceWidth));
-  return {slices, smaller(ceil_div(wanted, slices), p.codes)};
+TK_INLINE int64_t ranges_of(const AccumulateCodes& p, int threads) {
+  return smaller(ceil_div(threads, p.groups), p.codes);
 }
 
-TK_INLINE Part part_of(const AccumulateCodes& p, const Cut& cut, int64_t number) {
-  const int64_t slice = number % cut.slices, range = number / cut.slices % cut.ranges, group = number / cut.slices / cut.ranges;
-  const int64_t blocks = ceil_div(p.dim, kLanes);
-  return {group, p.codes * range / cut.ranges, p.codes * (range + 1) / cut.ranges,
-          smaller(p.dim, blocks * slice / cut.slices * kLanes), smaller(p.dim, blocks * (slice + 1) / cut.slices * kLanes)};
+TK_INLINE Part part_of(const AccumulateCodes& p, int64_t ranges, int64_t number) {
+  const int64_t range = number % ranges;
+  return {number / ranges, p.codes * range / ranges, p.codes * (range + 1) / ranges};
 }
 
 template <class T>
@@ -41,21 +31,37 @@ TK_INLINE void add_row(const T* from, int64_t stride, int64_t count, float* to) 
   if (rest > 0) store(to + i, load(to + i, rest) + load(from + i, rest), rest);
 }
 
+// Rows lie far apart for the processor to see the next one coming, the sums of its code farther.
+constexpr int64_t kAhead = 8, kFarApart = 64;
+
+TK_INLINE void prefetch(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
+}
+
 template <class T>
 void add_part(const AccumulateCodes& p, const Part& part) {
-  const int64_t width = part.right - part.left;
-  float* sums = p.sums + part.group * p.codes * p.dim + part.left;
+  float* sums = p.sums + part.group * p.codes * p.dim;
   int64_t* counts = p.counts + part.group * p.codes;
-  for (int64_t code = part.first; code < part.last; ++code) {
-    std::memset(sums + code * p.dim, 0, sizeof(float) * static_cast<size_t>(width));
-    if (part.left == 0) counts[code] = 0;
-  }
-  for (int64_t row = 0; row < p.x.rows; ++row) {
+  const auto codes = static_cast<size_t>(part.last - part.first);
+  std::memset(sums + part.first * p.dim, 0, sizeof(float) * codes * static_cast<size_t>(p.dim));
+  std::memset(counts + part.first, 0, sizeof(int64_t) * codes);
+  const auto owned = [&](int64_t row) {
     const int64_t code = p.index[row * p.groups + part.group];
-    if (code < part.first || code >= part.last) continue;
-    if (part.left == 0) ++counts[code];
-    const T* from = static_cast<const T*>(p.x.data) + offset_of(p.x, row, part.group) + part.left * p.x.stride;
-    add_row(from, p.x.stride, width, sums + code * p.dim);
+    return code >= part.first && code < part.last ? code : -1;
+  };
+  const auto from = [&](int64_t row) {
+    return static_cast<const T*>(p.x.data) + offset_of(p.x, row, part.group);
+  };
+  for (int64_t row = 0; row < p.x.rows; ++row) {
+    const int64_t next = p.dim >= kFarApart && row + kAhead < p.x.rows ? owned(row + kAhead) : -1;
+    if (next >= 0) {
+      prefetch(from(row + kAhead), p.dim * static_cast<int64_t>(sizeof(T)));
+      prefetch(sums + next * p.dim, p.dim * static_cast<int64_t>(sizeof(float)));
+    }
+    const int64_t code = owned(row);
+    if (code < 0) continue;
+    ++counts[code];
+    add_row(from(row), p.x.stride, p.dim, sums + code * p.dim);
   }
 }
 
@@ -69,12 +75,11 @@ bool all_valid(const AccumulateCodes& p) {
 
 Status accumulate_codes(const AccumulateCodes& p, const Pool& pool) {
   if (!all_valid(p)) return Status::kBadValue;
-  const Cut cut = cut_of(p, pool.threads);
-  const int64_t parts = p.groups * cut.ranges * cut.slices;
-  const int64_t cost = (p.x.rows * 4 + (p.x.rows + p.codes) * p.dim / kLanes) / larger<int64_t>(1, cut.ranges * cut.slices);
-  parallel_for(pool, parts, grain_of(cost), [&](int64_t begin, int64_t end) {
+  const int64_t ranges = ranges_of(p, pool.threads);
+  const int64_t cost = p.x.rows * 4 + (p.x.rows + p.codes) * p.dim / kLanes / ranges;
+  parallel_for(pool, p.groups * ranges, grain_of(cost), [&](int64_t begin, int64_t end) {
     for (int64_t number = begin; number < end; ++number) {
-      const Part part = part_of(p, cut, number);
+      const Part part = part_of(p, ranges, number);
       dispatch(p.x.dtype, [&](auto zero) { add_part<decltype(zero)>(p, part); });
     }
   });

@@ -218,7 +218,7 @@ TK_INLINE Floats exp(Floats x) {
 }
 
 // How many items make a range worth a thread of its own, when one costs about `cost` bytes moved or multiply-adds.
-TK_INLINE int64_t grain_of(int64_t cost) { return larger<int64_t>(1, 65536 / larger<int64_t>(1, cost)); }
+TK_INLINE int64_t grain_of(int64_t cost) { return larger<int64_t>(1, (1 << 18) / larger<int64_t>(1, cost)); }
 
 // Runs body(begin, end) over [0, count) on the binding's threads.
 template <class Body>

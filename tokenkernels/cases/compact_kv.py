@@ -294,10 +294,12 @@ CASES_IN_PLACE = [
     *_small(inplace=True),
     *(
         Case(
-            f"llm 32x1x8x8192x128 -> 4096 {order}",
-            _cache_of(32, 1, 8, 8192, 4096, order=order, inplace=True),
+            f"llm {layers}x1x8x8192x128 -> 4096 {order}",
+            _cache_of(layers, 1, 8, 8192, 4096, order=order, inplace=True),
             ("bench", "inplace"),
+            (dtype,),
         )
+        for layers, dtype in ((32, torch.bfloat16), (16, torch.float32))
         for order in ("stable", "fill")
     ),
 ]

@@ -50,9 +50,15 @@ def cost(kwargs: dict[str, Any]) -> tuple[float, float]:
 
 
 def length(kwargs: dict[str, Any]) -> int:
-    """The sums of layer norm, projection, logits, aggregation, and of the scale's gradient."""
-    (_, tokens, channels), (slots, hidden) = kwargs["x"].shape, kwargs["w2"].shape
-    return tokens + 2 * channels + hidden + slots * hidden
+    """The sums of layer norm, projection, logits and aggregation."""
+    (_, tokens, channels), (_, hidden) = kwargs["x"].shape, kwargs["w2"].shape
+    return tokens + 2 * channels + hidden
+
+
+def gradient_length(kwargs: dict[str, Any]) -> int:
+    """The longest is the scale's: over all slots of all tokens."""
+    (batch, tokens, _), (slots, _) = kwargs["x"].shape, kwargs["w2"].shape
+    return 4 * length(kwargs) + batch * tokens * slots
 
 
 def compare(

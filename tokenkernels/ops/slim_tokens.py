@@ -238,6 +238,7 @@ OP = Op(
     bad=cases.BAD,
     cost=cases.cost,
     length=cases.length,
+    gradient_length=cases.gradient_length,
     compare=cases.compare,
     differentiable=("x", "norm_weight", "norm_bias", "w1", "b1", "w2", "scale"),
     backward=_backward,
