@@ -1,4 +1,5 @@
-// The number types of every kernel: half and bfloat16 as plain structs, and the switch from a run-time dtype to a type.
+// The number types of every kernel: half and bfloat16 as plain structs, and the switch from a
+// run-time dtype to a type.
 #pragma once
 
 #include <cstdint>
@@ -66,7 +67,8 @@ inline __attribute__((always_inline)) Half from_float<Half>(float value) {
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
   if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};
-  if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 rounds at the last bit of a subnormal half
+  if (magnitude <
+      0x38800000u) {  // below 2^-14: adding 0.5 rounds at the last bit of a subnormal half
     const float rounded = float_of(magnitude) + 0.5f;
     return {static_cast<uint16_t>(sign | (bits_of(rounded) - 0x3f000000u))};
   }
@@ -74,13 +76,17 @@ inline __attribute__((always_inline)) Half from_float<Half>(float value) {
   return {static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
 }
 
-// Calls `function` with a value of the C++ type that `dtype` names: dispatch(d, [&](auto zero) { using T = decltype(zero); … }).
+// Calls `function` with a value of the C++ type that `dtype` names: dispatch(d, [&](auto zero) {
+// using T = decltype(zero); … }).
 template <class Function>
 static inline __attribute__((always_inline)) void dispatch(DType dtype, Function function) {
   switch (dtype) {
-    case DType::kFloat32: return function(float{});
-    case DType::kFloat16: return function(Half{});
-    case DType::kBFloat16: return function(BFloat16{});
+    case DType::kFloat32:
+      return function(float{});
+    case DType::kFloat16:
+      return function(Half{});
+    case DType::kBFloat16:
+      return function(BFloat16{});
   }
 }
 

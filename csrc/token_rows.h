@@ -5,9 +5,10 @@
 
 namespace tk::bind {
 
-// (…, D), or (…, G, D) with `grouped`: `dims` sizes and strides, in elements. Leading dimensions that lie in one stride are joined;
-// false where more than TokenRows::kMaxDims are left.
-inline bool set_rows(const int64_t* sizes, const int64_t* strides, int64_t dims, bool grouped, TokenRows& rows) {
+// (…, D), or (…, G, D) with `grouped`: `dims` sizes and strides, in elements. Leading dimensions
+// that lie in one stride are joined; false where more than TokenRows::kMaxDims are left.
+inline bool set_rows(const int64_t* sizes, const int64_t* strides, int64_t dims, bool grouped,
+                     TokenRows& rows) {
   const int64_t leading = dims - 1 - grouped;
   rows.stride = strides[dims - 1];
   rows.group_stride = grouped ? strides[dims - 2] : 0;

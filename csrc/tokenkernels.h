@@ -1,32 +1,27 @@
-// The whole C++ API of the CPU core: one plain struct per op, filled by a binding, read by a kernel.
+// The whole C++ API of the CPU core: one plain struct per op, filled by a binding, read by a
+// kernel.
 //
-// A binding checks, allocates the outputs and `<op>_scratch` bytes, and calls `<op>(params, pool)`. The kernel allocates nothing
-// and owns no thread: it lends out ranges through `Pool`. Strides count elements; the last dimension of a token tensor is
-// contiguous. Letters: B batch, P prefix tokens, N tokens in, M tokens out, C channels, H heads, D head dim, K codes, L layers.
+// A binding checks, allocates the outputs and `<op>_scratch` bytes, and calls `<op>(params, pool)`.
+// The kernel allocates nothing and owns no thread: it lends out ranges through `Pool`. Strides
+// count elements; the last dimension of a token tensor is contiguous. Letters: B batch, P prefix
+// tokens, N tokens in, M tokens out, C channels, H heads, D head dim, K codes, L layers.
 #pragma once
 
 #include <cstdint>
 
+#include "codes.h"
 #include "numeric.h"
+#include "pool.h"
 
 namespace tk {
 
-// The threads of whoever calls. `run` splits [0, count) into ranges of at least `grain` and calls body(context, begin, end) on each.
-struct Pool {
-  using Body = void (*)(const void* context, int64_t begin, int64_t end);
-  void (*run)(int64_t count, int64_t grain, Body body, const void* context);
-  int threads;
-};
-
-// A kernel that finds a bad value in an index or length tensor says so here; the binding turns it into an error.
-enum class Status : int32_t { kOk, kBadValue };
-
-// The instruction set in use ("avx512bf16", "avx512", "avx2", "baseline"); tests choose another one, which must be supported.
+// The instruction set in use ("avx512bf16", "avx512", "avx2", "baseline"); tests choose another
+// one, which must be supported.
 const char* instruction_set();
 bool set_instruction_set(const char* name);
 
-// gather_topk: the best tokens of every image, and their rows of every tensor. First select, then (the outputs can be allocated now,
-// their sizes being known) gather. Rows move as bytes.
+// gather_topk: the best tokens of every image, and their rows of every tensor. First select, then
+// (the outputs can be allocated now, their sizes being known) gather. Rows move as bytes.
 struct GatherTopk {
   static constexpr int kMaxTensors = 16;
   struct Tensor {
@@ -45,10 +40,16 @@ struct GatherTopk {
   const int64_t* budgets;  // (B), each 0…N; null where a threshold decides
   float threshold;         // every token with score ≥ threshold
   bool by_score;           // descending score instead of ascending index
-  enum class Fuse : int32_t { kNone, kSum, kMean } fuse;  // one more row: the score-weighted sum or mean of the dropped rows
-  int64_t* selected;  // (B, N): written by select; row b holds the chosen tokens of image b, the rest of it nothing
+  enum class Fuse : int32_t {
+    kNone,
+    kSum,
+    kMean
+  } fuse;             // one more row: the score-weighted sum or mean of the dropped rows
+  int64_t* selected;  // (B, N): written by select; row b holds the chosen tokens of image b, the
+                      // rest of it nothing
   int64_t* index;     // (total): the chosen tokens of all images, packed
-  int64_t* offsets;   // (B+1): the first output row of every image (prefix, chosen and fused rows counted)
+  int64_t* offsets;   // (B+1): the first output row of every image (prefix, chosen and fused rows
+                      // counted)
   Tensor tensors[kMaxTensors];
   int tensor_count;
   void* scratch;
@@ -58,7 +59,8 @@ int64_t gather_topk_select_scratch(const GatherTopk& params, int threads);
 Status gather_topk(const GatherTopk& params, const Pool& pool);
 int64_t gather_topk_scratch(const GatherTopk& params, int threads);
 
-// gather_topk_backward: the rows of the gradient back where they came from, zeros for the others; with a fused row its share of both.
+// gather_topk_backward: the rows of the gradient back where they came from, zeros for the others;
+// with a fused row its share of both.
 struct GatherTopkBackward {
   struct Tensor {
     const void* from;  // (offsets[B], C): gradient of the output, contiguous
@@ -83,89 +85,38 @@ struct GatherTopkBackward {
 Status gather_topk_backward(const GatherTopkBackward& params, const Pool& pool);
 int64_t gather_topk_backward_scratch(const GatherTopkBackward& params, int threads);
 
-// Vectors of D elements under any number of leading dimensions: row r is the r-th of them in C order. With groups, the last
-// leading dimension is set apart: element (r, g, d) lies at offset(r) + g·group_stride + d·stride.
-struct TokenRows {
-  static constexpr int kMaxDims = 8;
-  const void* data;
-  DType dtype;
-  int64_t rows;  // ∏ sizes
-  int dims;
-  int64_t sizes[kMaxDims], strides[kMaxDims];
-  int64_t group_stride, stride;
-};
-
-// G codebooks of K codes; element (g, k, d) lies at g·group_stride + k·code_stride + d·stride.
-struct Codebooks {
-  const void* data;
-  DType dtype;
-  int64_t groups, codes, dim;
-  int64_t group_stride, code_stride, stride;
-};
-
-// assign_nearest: the nearest of K codes for every row of every group, never an N×K matrix. Outputs are contiguous.
-struct AssignNearest {
-  TokenRows x;          // (rows, G, D)
-  Codebooks codebook;   // (G, K, D)
-  enum class Metric : int32_t { kL2, kCosine, kDot } metric;
-  int64_t* index;   // (rows, G)
-  float* distance;  // (rows, G) or null: ‖x−e‖², 1 − cos, −⟨x,e⟩
-  void* codes;      // (rows, G, D) of the codebook's dtype, or null: the rows of the codebook, as they are
-  void* scratch;
-};
-Status assign_nearest(const AssignNearest& params, const Pool& pool);
-int64_t assign_nearest_scratch(const AssignNearest& params, int threads);
-
-// assign_residual: Q rounds of the l2 search, each on what the rounds before left over. Outputs are contiguous.
-struct AssignResidual {
-  TokenRows x;          // (rows, 1, D)
-  Codebooks codebooks;  // (Q, K, D)
-  int64_t* index;       // (rows, Q)
-  void* residual;       // (rows, D) of x's dtype: x minus its Q codes, rounded once
-  void* scratch;
-};
-Status assign_residual(const AssignResidual& params, const Pool& pool);
-int64_t assign_residual_scratch(const AssignResidual& params, int threads);
-
-// accumulate_codes: how many rows chose each code, and their sum, in ascending order of rows whatever the number of threads.
-struct AccumulateCodes {
-  TokenRows x;           // (rows, G, D)
-  const int64_t* index;  // (rows, G) contiguous; −1: this row counts nowhere; anything else outside 0…K−1 is a bad value
-  int64_t groups, codes, dim;
-  int64_t* counts;  // (G, K)
-  float* sums;      // (G, K, D)
-  void* scratch;
-};
-Status accumulate_codes(const AccumulateCodes& params, const Pool& pool);
-int64_t accumulate_codes_scratch(const AccumulateCodes& params, int threads);
-// One value per token of every image: element (b, n) at data[b * batch_stride + n * token_stride]; null: absent.
+// One value per token of every image: element (b, n) at data[b * batch_stride + n * token_stride];
+// null: absent.
 template <class T>
 struct PerToken {
   const T* data;
   int64_t batch_stride, token_stride;
 };
 
-// One matrix per image, its rows contiguous: element (b, i, j) at data[b * batch_stride + i * row_stride + j].
+// One matrix per image, its rows contiguous: element (b, i, j) at data[b * batch_stride + i *
+// row_stride + j].
 struct Matrices {
   const void* data;
   int64_t batch_stride, row_stride;
 };
 
-// aggregate_soft: out[b, m] = sum over n of softmax_n(scale · <query[b, m], key[b, n]> + bias[b, n]) · value[b, n].
+// aggregate_soft: out[b, m] = sum over n of softmax_n(scale · <query[b, m], key[b, n]> + bias[b,
+// n]) · value[b, n].
 struct AggregateSoft {
   DType dtype;  // of query, key, value, out
   int64_t B, M, N, E, C;
-  Matrices query;             // (B, M, E); batch stride 0: shared by all images
-  Matrices key;               // (B, N, E)
-  Matrices value;             // (B, N, C)
-  PerToken<float> bias;       // (B, N)
-  PerToken<bool> mask;        // (B, N), true where a token takes part
+  Matrices query;        // (B, M, E); batch stride 0: shared by all images
+  Matrices key;          // (B, N, E)
+  Matrices value;        // (B, N, C)
+  PerToken<float> bias;  // (B, N)
+  PerToken<bool> mask;   // (B, N), true where a token takes part
   float scale;
   const float* scale_tensor;  // one number in place of `scale`, or null
   void* scratch;
-  void* out;                  // (B, M, C)
-  float* lse;                 // (B, M): logarithm of the sum of exponentials of a slot, −inf where no token takes part
-  float* weights;             // (B, N, M), the softmax itself, or null
+  void* out;   // (B, M, C)
+  float* lse;  // (B, M): logarithm of the sum of exponentials of a slot, −inf where no token takes
+               // part
+  float* weights;  // (B, N, M), the softmax itself, or null
 };
 Status aggregate_soft(const AggregateSoft& params, const Pool& pool);
 int64_t aggregate_soft_scratch(const AggregateSoft& params, int threads);
@@ -184,11 +135,11 @@ struct AggregateSoftBackward {
   const float* lse;      // (B, M), contiguous
   const float* weights;  // (B, N, M), contiguous, or null: made again from lse
   void* scratch;
-  void* query_grad;      // (M, E) where the query is shared, else (B, M, E)
-  void* key_grad;        // (B, N, E)
-  void* value_grad;      // (B, N, C)
-  float* bias_grad;      // (B, N)
-  float* scale_grad;     // one number; its weights are always made again
+  void* query_grad;   // (M, E) where the query is shared, else (B, M, E)
+  void* key_grad;     // (B, N, E)
+  void* value_grad;   // (B, N, C)
+  float* bias_grad;   // (B, N)
+  float* scale_grad;  // one number; its weights are always made again
 };
 Status aggregate_soft_backward(const AggregateSoftBackward& params, const Pool& pool);
 int64_t aggregate_soft_backward_scratch(const AggregateSoftBackward& params, int threads);
@@ -201,8 +152,8 @@ struct AggregateLogits {
   Matrices value;       // (B, N, C)
   PerToken<bool> mask;  // (B, N)
   void* scratch;
-  void* out;            // (B, M, C)
-  float* lse;           // (B, M)
+  void* out;   // (B, M, C)
+  float* lse;  // (B, M)
 };
 Status aggregate_logits(const AggregateLogits& params, const Pool& pool);
 int64_t aggregate_logits_scratch(const AggregateLogits& params, int threads);
@@ -222,17 +173,18 @@ struct AggregateLogitsBackward {
 Status aggregate_logits_backward(const AggregateLogitsBackward& params, const Pool& pool);
 int64_t aggregate_logits_backward_scratch(const AggregateLogitsBackward& params, int threads);
 
-// slim_tokens: softmax over the tokens of scale · GELU(LN(x) · w1ᵀ + b1) · w2ᵀ, applied to x. H is the hidden width of the projection.
+// slim_tokens: softmax over the tokens of scale · GELU(LN(x) · w1ᵀ + b1) · w2ᵀ, applied to x. H is
+// the hidden width of the projection.
 struct SlimTokens {
-  DType dtype;                               // of every `const void*` and of `out`
+  DType dtype;                                     // of every `const void*` and of `out`
   int64_t batch, tokens, channels, hidden, slots;  // B, N, C, H, M
-  const void* x;                             // (B, N, C)
-  int64_t x_batch, x_token;                  // strides
-  const void *norm_weight, *norm_bias;       // (C)
-  const void* w1;                            // (H, C)
-  const void* b1;                            // (H)
-  const void* w2;                            // (M, H)
-  int64_t w1_row, w2_row;                    // strides
+  const void* x;                                   // (B, N, C)
+  int64_t x_batch, x_token;                        // strides
+  const void *norm_weight, *norm_bias;             // (C)
+  const void* w1;                                  // (H, C)
+  const void* b1;                                  // (H)
+  const void* w2;                                  // (M, H)
+  int64_t w1_row, w2_row;                          // strides
   float scale;
   float eps;
   void* out;         // (B, M, C), contiguous
@@ -245,18 +197,21 @@ int64_t slim_tokens_scratch(const SlimTokens& params, int threads);
 
 // slim_tokens_backward: the gradients of everything that slim_tokens reads.
 struct SlimTokensBackward {
-  SlimTokens forward;      // its inputs; `out`, `lse` as it left them; `projected` may be null, then it is computed again
-  const void* grad_out;    // (B, M, C), of the same dtype
+  SlimTokens forward;  // its inputs; `out`, `lse` as it left them; `projected` may be null, then it
+                       // is computed again
+  const void* grad_out;           // (B, M, C), of the same dtype
   int64_t grad_batch, grad_slot;  // strides
-  void* grad_x;            // (B, N, C), contiguous
-  void *grad_norm_weight, *grad_norm_bias, *grad_w1, *grad_b1, *grad_w2;  // contiguous, of the same dtype
-  float* grad_scale;       // one number
+  void* grad_x;                   // (B, N, C), contiguous
+  void *grad_norm_weight, *grad_norm_bias, *grad_w1, *grad_b1,
+      *grad_w2;       // contiguous, of the same dtype
+  float* grad_scale;  // one number
   void* scratch;
 };
 Status slim_tokens_backward(const SlimTokensBackward& params, const Pool& pool);
 int64_t slim_tokens_backward_scratch(const SlimTokensBackward& params, int threads);
-// score_attention: the share of attention that each key receives from the rows of `query`. softmax over the visible keys of
-// scale·⟨q, k⟩, then the mean over heads, then the sum and the maximum over rows.
+// score_attention: the share of attention that each key receives from the rows of `query`. softmax
+// over the visible keys of scale·⟨q, k⟩, then the mean over heads, then the sum and the maximum
+// over rows.
 struct ScoreAttention {
   enum class Heads : int32_t { kMean, kGroup, kNone };
   const void* query;  // (B, H, R, D)
@@ -264,10 +219,11 @@ struct ScoreAttention {
   DType dtype;
   int64_t query_strides[3], key_strides[3];  // batch, head, row
   int64_t batch, heads, key_heads, rows, keys, dim;
-  const int64_t* positions;     // (B, R) or null; causal: row t sees the keys 0…position, −1 sees none. Null: the last R keys
-  const int64_t* key_lengths;   // (B) or null: keys from there on are invisible
-  const float* lse;             // (B, H, R) or null: the natural logarithm of each row's sum of exponentials
-  const float* row_weights;     // (B, R) or null: factors of the sum
+  const int64_t* positions;    // (B, R) or null; causal: row t sees the keys 0…position, −1 sees
+                               // none. Null: the last R keys
+  const int64_t* key_lengths;  // (B) or null: keys from there on are invisible
+  const float* lse;  // (B, H, R) or null: the natural logarithm of each row's sum of exponentials
+  const float* row_weights;  // (B, R) or null: factors of the sum
   int64_t position_strides[2], length_stride, lse_strides[3], weight_strides[2];
   float scale;
   bool causal;
@@ -357,8 +313,8 @@ struct CompactKv {
   // Integers (batch, heads, count), int64 (`wide`) or int32; strides in elements.
   struct Rows {
     const void* values;
-    int64_t batch, heads, count;                  // batch and heads are 1 where shared
-    int64_t batch_stride, head_stride, stride;    // 0 where shared
+    int64_t batch, heads, count;                // batch and heads are 1 where shared
+    int64_t batch_stride, head_stride, stride;  // 0 where shared
     bool wide;
   };
   struct Index {
@@ -389,7 +345,7 @@ struct CompactKv {
   const float* inv_freq;  // (half), null: keys are not rotated
   int64_t half;           // D / 2
   DType key_dtype;        // read only with inv_freq
-  bool fill;      // kept rows beyond the new length move into the holes below it; else ascending
+  bool fill;  // kept rows beyond the new length move into the holes below it; else ascending
   bool in_place;
   const char** complaint;  // out: with Status::kBadValue, which values were bad, in words
 };

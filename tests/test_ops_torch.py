@@ -32,8 +32,8 @@ def test_registration(op: Op, case: Case, backend: str) -> None:
     """opcheck of every schema op that a call reaches, with gradients asked for where there are
     any.
     """
-    if "nan" in case.tags:
-        pytest.skip("opcheck takes NaN for a difference")
+    if "no-opcheck" in case.tags:
+        pytest.skip("opcheck takes NaN, or another rounding, for a difference")
     kwargs = arguments(op, case)
     for name in op.differentiable:
         for tensor in tensors_in(kwargs.get(name)):

@@ -48,7 +48,7 @@ def name(path: Path) -> str:
 
 # C++: what each room includes, and the words it must not contain.
 
-OWN_HEADERS = r'"(tokenkernels|numeric)\.h"'
+OWN_HEADERS = r'"(tokenkernels|numeric|codes|pool|token_rows)\.h"'
 PLAIN = r"<c(stdint|stddef|string|math|float)>"
 
 

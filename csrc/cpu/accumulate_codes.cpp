@@ -1,5 +1,6 @@
-// accumulate_codes on the CPU: every task owns some codes and walks all rows in ascending order, so each sum is taken in the same
-// order whatever the number of threads; nothing is sorted and nothing is shared.
+// accumulate_codes on the CPU: every task owns some codes and walks all rows in ascending order, so
+// each sum is taken in the same order whatever the number of threads; nothing is sorted and nothing
+// is shared.
 #include "cpu/token_rows.h"
 
 namespace tk::TK_ISA {
@@ -35,7 +36,8 @@ TK_INLINE void add_row(const T* from, int64_t stride, int64_t count, float* to) 
 constexpr int64_t kAhead = 8, kFarApart = 64;
 
 TK_INLINE void prefetch(const void* from, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
+  for (int64_t at = 0; at < bytes; at += 64)
+    __builtin_prefetch(static_cast<const char*>(from) + at);
 }
 
 template <class T>
@@ -67,7 +69,8 @@ void add_part(const AccumulateCodes& p, const Part& part) {
 
 bool all_valid(const AccumulateCodes& p) {
   int64_t bad = 0;
-  for (int64_t i = 0; i < p.x.rows * p.groups; ++i) bad |= (p.index[i] < -1) | (p.index[i] >= p.codes);
+  for (int64_t i = 0; i < p.x.rows * p.groups; ++i)
+    bad |= (p.index[i] < -1) | (p.index[i] >= p.codes);
   return bad == 0;
 }
 

@@ -1,7 +1,9 @@
-// What the soft aggregations share: blocks, scratch, the softmax of a block of tokens, and the weighted sum of the values.
+// What the soft aggregations share: blocks, scratch, the softmax of a block of tokens, and the
+// weighted sum of the values.
 //
-// Scores lie as (tokens, slots): the softmax runs down the tokens, so every slot keeps its own lane and nothing is ever reduced across lanes;
-// and the same block, read by columns, is the left side of weights · values.
+// Scores lie as (tokens, slots): the softmax runs down the tokens, so every slot keeps its own lane
+// and nothing is ever reduced across lanes; and the same block, read by columns, is the left side
+// of weights · values.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -13,12 +15,14 @@ constexpr int64_t kSlotBlock = 256;
 constexpr int64_t kTokenBlock = 256;
 constexpr float kNegativeInfinity = -__builtin_inff();
 
-// Equal blocks of at most `most`: a function of the count alone, so that a batch never changes a summation order.
+// Equal blocks of at most `most`: a function of the count alone, so that a batch never changes a
+// summation order.
 TK_INLINE int64_t block_size(int64_t count, int64_t most) {
   return count <= most ? larger<int64_t>(count, 1) : ceil_div(count, ceil_div(count, most));
 }
 
-// Hands out consecutive pieces of the scratch, each aligned to a cache line; from address 0 it only counts.
+// Hands out consecutive pieces of the scratch, each aligned to a cache line; from address 0 it only
+// counts.
 struct Arena {
   uintptr_t base;
   int64_t used = 0;
@@ -30,7 +34,8 @@ struct Arena {
   }
 };
 
-// `workers` threads take the tasks one by one: body(task, worker). Which worker meets which task changes no result.
+// `workers` threads take the tasks one by one: body(task, worker). Which worker meets which task
+// changes no result.
 template <class Body>
 TK_INLINE void share_tasks(const Pool& pool, int64_t tasks, int64_t workers, const Body& body) {
   int64_t next = 0;
@@ -50,13 +55,21 @@ struct Part {
   int count;
 };
 template <class T>
-TK_INLINE Floats load(const T* from, Whole) { return load(from); }
+TK_INLINE Floats load(const T* from, Whole) {
+  return load(from);
+}
 template <class T>
-TK_INLINE Floats load(const T* from, Part part) { return load(from, part.count); }
+TK_INLINE Floats load(const T* from, Part part) {
+  return load(from, part.count);
+}
 template <class T>
-TK_INLINE void store(T* to, Floats value, Whole) { store(to, value); }
+TK_INLINE void store(T* to, Floats value, Whole) {
+  store(to, value);
+}
 template <class T>
-TK_INLINE void store(T* to, Floats value, Part part) { store(to, value, part.count); }
+TK_INLINE void store(T* to, Floats value, Part part) {
+  store(to, value, part.count);
+}
 
 // body(i, Whole or Part) for each vector of a row of `count` elements.
 template <class Body>
@@ -82,11 +95,13 @@ struct Terms {
   bool hidden(int64_t token) const { return mask && !mask[token * mask_stride]; }
 };
 
-TK_INLINE Terms terms_at(float scale, const PerToken<float>& bias, const PerToken<bool>& mask, int64_t image,
-                         int64_t first) {
-  return {scale, bias.data ? bias.data + image * bias.batch_stride + first * bias.token_stride : nullptr,
+TK_INLINE Terms terms_at(float scale, const PerToken<float>& bias, const PerToken<bool>& mask,
+                         int64_t image, int64_t first) {
+  return {scale,
+          bias.data ? bias.data + image * bias.batch_stride + first * bias.token_stride : nullptr,
           bias.token_stride,
-          mask.data ? mask.data + image * mask.batch_stride + first * mask.token_stride : nullptr, mask.token_stride};
+          mask.data ? mask.data + image * mask.batch_stride + first * mask.token_stride : nullptr,
+          mask.token_stride};
 }
 
 template <class T>
@@ -101,11 +116,14 @@ struct Running {
   float* factor;  // what the sums made so far must be multiplied by
 };
 
-// scores[tokens, slots] becomes exp(scale · score + bias − maximum), zero for hidden tokens; `running` takes the block in.
+// scores[tokens, slots] becomes exp(scale · score + bias − maximum), zero for hidden tokens;
+// `running` takes the block in.
 inline void soften(float* scores, int64_t stride, int64_t tokens, int64_t slots, const Terms& terms,
                    const Running& running) {
   float* const before = running.factor;
-  each_vector(slots, [&](int64_t m, auto part) { store(before + m, load(running.maximum + m, part), part); });
+  each_vector(slots, [&](int64_t m, auto part) {
+    store(before + m, load(running.maximum + m, part), part);
+  });
   for (int64_t n = 0; n < tokens; ++n) {
     if (terms.hidden(n)) continue;
     const float added = terms.added(n);
@@ -139,10 +157,11 @@ inline void soften(float* scores, int64_t stride, int64_t tokens, int64_t slots,
 
 constexpr int64_t kGroupCols = kPanelGroup * kTileCols;
 
-// Panels of the value (or key) rows of one block, cols ≤ kGroupCols; hidden tokens count as zero, whatever they hold.
+// Panels of the value (or key) rows of one block, cols ≤ kGroupCols; hidden tokens count as zero,
+// whatever they hold.
 template <class T>
-TK_INLINE void pack_tokens(const T* from, int64_t row_stride, int64_t tokens, int64_t cols, const Terms& terms,
-                           float* panels) {
+TK_INLINE void pack_tokens(const T* from, int64_t row_stride, int64_t tokens, int64_t cols,
+                           const Terms& terms, float* panels) {
   Product<T>::pack(from, row_stride, 1, tokens, cols, panels);
   for (int64_t n = 0; terms.mask && n < tokens; ++n) {
     for (int64_t c = 0; c < cols && terms.hidden(n); c += kTileCols) {
@@ -156,15 +175,19 @@ inline void rescale(float* sums, int64_t slots, int64_t channels, const float* f
   for (int64_t m = 0; m < slots; ++m) {
     if (factor[m] == 1.0f) continue;
     float* row = sums + m * channels;
-    each_vector(channels, [&](int64_t c, auto part) { store(row + c, load(row + c, part) * factor[m], part); });
+    each_vector(channels, [&](int64_t c, auto part) {
+      store(row + c, load(row + c, part) * factor[m], part);
+    });
   }
 }
 
-// The product weightsᵀ · values of one block, panel by panel: into sums + place(c) with this stride, then done(c, cols).
+// The product weightsᵀ · values of one block, panel by panel: into sums + place(c) with this
+// stride, then done(c, cols).
 template <class T, class Place, class Done>
-TK_INLINE void multiply_values(const Left& weights, const T* values, int64_t row_stride, int64_t tokens, int64_t slots,
-                               int64_t channels, const Terms& terms, int64_t stride, bool accumulate, float* panels,
-                               const Place& place, const Done& done) {
+TK_INLINE void multiply_values(const Left& weights, const T* values, int64_t row_stride,
+                               int64_t tokens, int64_t slots, int64_t channels, const Terms& terms,
+                               int64_t stride, bool accumulate, float* panels, const Place& place,
+                               const Done& done) {
   using Kind = typename Product<T>::Kind;
   const int64_t words = Kind::words(tokens);
   for (int64_t group = 0; group < channels; group += kGroupCols) {
@@ -172,7 +195,8 @@ TK_INLINE void multiply_values(const Left& weights, const T* values, int64_t row
     pack_tokens(values + group, row_stride, tokens, last - group, terms, panels);
     for (int64_t c = group; c < last; c += kTileCols) {
       const int64_t cols = smaller<int64_t>(last - c, kTileCols);
-      multiply_panel<Kind>(weights, panels + (c - group) * words, slots, cols, words, place(c), stride, accumulate);
+      multiply_panel<Kind>(weights, panels + (c - group) * words, slots, cols, words, place(c),
+                           stride, accumulate);
       done(c, cols);
     }
   }
@@ -180,8 +204,8 @@ TK_INLINE void multiply_values(const Left& weights, const T* values, int64_t row
 
 // out[slots, cols] = sums / total, zeros for a slot that no token reaches.
 template <class T>
-void divide(const float* sums, int64_t sums_stride, const float* total, int64_t slots, int64_t cols, T* out,
-            int64_t out_stride) {
+void divide(const float* sums, int64_t sums_stride, const float* total, int64_t slots, int64_t cols,
+            T* out, int64_t out_stride) {
   for (int64_t m = 0; m < slots; ++m) {
     const bool empty = total[m] == 0.0f;
     const float inverse = 1.0f / total[m];
@@ -192,7 +216,8 @@ void divide(const float* sums, int64_t sums_stride, const float* total, int64_t 
   }
 }
 
-// How the slots of an image are split into tasks: few parts, because each packs the values again, but enough for every thread.
+// How the slots of an image are split into tasks: few parts, because each packs the values again,
+// but enough for every thread.
 TK_INLINE int64_t slot_parts(int64_t images, int64_t slots, int64_t threads) {
   const int64_t most = ceil_div(slots, kTileCols);
   int64_t parts = ceil_div(slots, kSlotBlock);

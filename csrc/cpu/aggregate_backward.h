@@ -1,8 +1,10 @@
-// Gradients of soft token aggregation, without atomics. First every block of tokens by itself: its softmax (kept or made again), the gradient
-// of its scores, and from those the gradients of its values and keys. Then the query gradient, which sums over the tokens, from the
-// score gradients left in the scratch.
+// Gradients of soft token aggregation, without atomics. First every block of tokens by itself: its
+// softmax (kept or made again), the gradient of its scores, and from those the gradients of its
+// values and keys. Then the query gradient, which sums over the tokens, from the score gradients
+// left in the scratch.
 //
-// One driver for both forms: with `Given` scores the params' key holds the logits (B, N, M), its gradient theirs, and E is 0.
+// One driver for both forms: with `Given` scores the params' key holds the logits (B, N, M), its
+// gradient theirs, and E is 0.
 #pragma once
 
 #include "cpu/aggregate.h"
@@ -11,15 +13,18 @@ namespace tk::TK_ISA {
 namespace {
 
 constexpr int64_t kBackwardTokens = 128;
-constexpr int64_t kScratchFloats = int64_t{4} << 20;  // score gradients, and query gradients, in flight: 16 MiB each
+constexpr int64_t kScratchFloats =
+    int64_t{4} << 20;  // score gradients, and query gradients, in flight: 16 MiB each
 
-// How the work is cut. A chunk is as many images, or as many blocks of one image, as the scratch holds score gradients of.
+// How the work is cut. A chunk is as many images, or as many blocks of one image, as the scratch
+// holds score gradients of.
 struct Cuts {
-  int64_t tokens, blocks;    // tokens per block, blocks per image
+  int64_t tokens, blocks;  // tokens per block, blocks per image
   int64_t slots, slot_blocks;
-  int64_t stride;            // of the score gradients in the scratch
+  int64_t stride;  // of the score gradients in the scratch
   int64_t images, chunk_blocks;
-  int64_t panels, panel_group, sums;  // query gradient: panels of columns, how many make a task, floats per image
+  int64_t panels, panel_group,
+      sums;  // query gradient: panels of columns, how many make a task, floats per image
   int64_t workers;
   bool shared;
 
@@ -33,12 +38,15 @@ struct Cuts {
         panel_group(smaller(kPanelGroup, larger<int64_t>(panels / (2 * threads), 1))),
         sums(panels * p.M * kTileCols),
         shared(p.query.batch_stride == 0) {
-    const int64_t block = larger<int64_t>(tokens * stride, 1), image = larger<int64_t>(blocks, 1) * block;
+    const int64_t block = larger<int64_t>(tokens * stride, 1),
+                  image = larger<int64_t>(blocks, 1) * block;
     const bool query = p.query_grad != nullptr;
     images = larger<int64_t>(query ? kScratchFloats / image : p.B, 1);
-    if (query && !shared) images = smaller(images, larger<int64_t>(kScratchFloats / larger<int64_t>(sums, 1), 1));
+    if (query && !shared)
+      images = smaller(images, larger<int64_t>(kScratchFloats / larger<int64_t>(sums, 1), 1));
     images = smaller(images, larger<int64_t>(p.B, 1));
-    chunk_blocks = query && image > kScratchFloats ? larger<int64_t>(kScratchFloats / block, 1) : larger<int64_t>(blocks, 1);
+    chunk_blocks = query && image > kScratchFloats ? larger<int64_t>(kScratchFloats / block, 1)
+                                                   : larger<int64_t>(blocks, 1);
     workers = smaller<int64_t>(threads, images * chunk_blocks);
   }
 };
@@ -55,8 +63,9 @@ struct BackwardWorker {
   float* shares;      // (tokens, slots): gradient of the scores
   float* scores;      // (tokens, slots), unscaled, where the scale wants its gradient
   float* operand;     // (tokens, slots): weights or shares in another form
-  float* keys;        // (tokens, E) in float32, for halves; one panel of it where the slots come in one block
-  float* values;      // (tokens, C), the same
+  float* keys;    // (tokens, E) in float32, for halves; one panel of it where the slots come in one
+                  // block
+  float* values;  // (tokens, C), the same
   float* stage;
 };
 
@@ -84,8 +93,8 @@ BackwardWorker backward_worker(const AggregateSoftBackward& p, const Cuts& cuts,
 
 // Packs what the blocks of one image share, where this worker does not hold it already.
 template <class T, bool Given>
-void prepare(const AggregateSoftBackward& p, const Cuts& cuts, const BackwardWorker& w, int64_t image, int64_t slot,
-             int64_t slots) {
+void prepare(const AggregateSoftBackward& p, const Cuts& cuts, const BackwardWorker& w,
+             int64_t image, int64_t slot, int64_t slots) {
   const int64_t number = image * p.M + slot, query_number = cuts.shared ? slot : number;
   if (!Given && *w.packed_query != query_number) {
     const T* const query = rows_of<T>(p.query, image, slot);
@@ -101,7 +110,8 @@ void prepare(const AggregateSoftBackward& p, const Cuts& cuts, const BackwardWor
   for (int64_t m = 0; m < slots; ++m) {
     Floats total = splat(0.0f);
     each_vector(p.C, [&](int64_t c, auto part) {
-      total += load(gradient + m * p.gradient.row_stride + c, part) * load(tokens + m * p.tokens.row_stride + c, part);
+      total += load(gradient + m * p.gradient.row_stride + c, part) *
+               load(tokens + m * p.tokens.row_stride + c, part);
     });
     w.mean[m] = sum(total);
   }
@@ -109,7 +119,8 @@ void prepare(const AggregateSoftBackward& p, const Cuts& cuts, const BackwardWor
 }
 
 // The softmax of a block from its scores and the logarithm of the totals.
-inline void weigh(float* scores, int64_t stride, int64_t tokens, int64_t slots, const Terms& terms, const float* lse) {
+inline void weigh(float* scores, int64_t stride, int64_t tokens, int64_t slots, const Terms& terms,
+                  const float* lse) {
   for (int64_t n = 0; n < tokens; ++n) {
     if (terms.hidden(n)) {
       fill(scores + n * stride, slots, 0.0f);
@@ -124,10 +135,12 @@ inline void weigh(float* scores, int64_t stride, int64_t tokens, int64_t slots, 
   }
 }
 
-// shares[tokens, slots], holding <value, gradient>, becomes the gradient of the scores: weight · (share − mean), zero for hidden tokens.
-// Returns its product with `scores` (of the shares' stride), where there are any: what the scale gets.
-inline double share(const float* weights, int64_t weights_stride, const float* scores, float* shares, int64_t stride,
-                    int64_t tokens, int64_t slots, const Terms& terms, const float* mean, float* bias_grad) {
+// shares[tokens, slots], holding <value, gradient>, becomes the gradient of the scores: weight ·
+// (share − mean), zero for hidden tokens. Returns its product with `scores` (of the shares'
+// stride), where there are any: what the scale gets.
+inline double share(const float* weights, int64_t weights_stride, const float* scores,
+                    float* shares, int64_t stride, int64_t tokens, int64_t slots,
+                    const Terms& terms, const float* mean, float* bias_grad) {
   double scale_grad = 0;
   for (int64_t n = 0; n < tokens; ++n) {
     Floats total = splat(0.0f), scaled = splat(0.0f);
@@ -148,23 +161,28 @@ inline double share(const float* weights, int64_t weights_stride, const float* s
   return scale_grad;
 }
 
-// Where the float32 rows of a gradient are summed: in the output itself, or for halves in the worker's own place.
+// Where the float32 rows of a gradient are summed: in the output itself, or for halves in the
+// worker's own place.
 template <class T>
 TK_INLINE float* sums_of(void* output, int64_t row, int64_t width, float* own) {
   return sizeof(T) == 4 ? static_cast<float*>(output) + row * width : own;
 }
 
 template <class T>
-TK_INLINE void narrow_rows(const float* from, int64_t from_stride, int64_t rows, int64_t cols, T* to, int64_t to_stride) {
+TK_INLINE void narrow_rows(const float* from, int64_t from_stride, int64_t rows, int64_t cols,
+                           T* to, int64_t to_stride) {
   for (int64_t i = 0; i < rows; ++i) {
-    each_vector(cols, [&](int64_t c, auto part) { store(to + i * to_stride + c, load(from + i * from_stride + c, part), part); });
+    each_vector(cols, [&](int64_t c, auto part) {
+      store(to + i * to_stride + c, load(from + i * from_stride + c, part), part);
+    });
   }
 }
 
-// sums[tokens, width] (+)= left · packed. Halves whose slots come in one block leave at once for `out`, panel by panel.
+// sums[tokens, width] (+)= left · packed. Halves whose slots come in one block leave at once for
+// `out`, panel by panel.
 template <class T>
-void add_rows(const Cuts& cuts, const Left& left, const float* packed, int64_t tokens, int64_t width, int64_t slots,
-              float* sums, bool accumulate, T* out) {
+void add_rows(const Cuts& cuts, const Left& left, const float* packed, int64_t tokens,
+              int64_t width, int64_t slots, float* sums, bool accumulate, T* out) {
   using Kind = typename Product<T>::Kind;
   const int64_t words = Kind::words(slots);
   if (sizeof(T) == 4 || cuts.slot_blocks != 1) {
@@ -177,10 +195,11 @@ void add_rows(const Cuts& cuts, const Left& left, const float* packed, int64_t t
   }
 }
 
-// The score gradients of a block as a left side read by columns, in the scratch: there the query gradient finds them.
+// The score gradients of a block as a left side read by columns, in the scratch: there the query
+// gradient finds them.
 template <class T>
-TK_INLINE void keep_columns(const float* shares, int64_t stride, int64_t tokens, int64_t slots, float* kept,
-                            int64_t kept_stride) {
+TK_INLINE void keep_columns(const float* shares, int64_t stride, int64_t tokens, int64_t slots,
+                            float* kept, int64_t kept_stride) {
   if (Product<T>::Kind::kPerWord > 1) {
     Product<T>::columns(shares, stride, tokens, slots, kept, kept_stride);
   } else {
@@ -188,11 +207,11 @@ TK_INLINE void keep_columns(const float* shares, int64_t stride, int64_t tokens,
   }
 }
 
-// One block of tokens of one image, slot block by slot block. `kept` (its stride that of the cuts) receives the score gradients; returned
-// is what the scale gets.
+// One block of tokens of one image, slot block by slot block. `kept` (its stride that of the cuts)
+// receives the score gradients; returned is what the scale gets.
 template <class T, bool Given>
-double backward_block(const AggregateSoftBackward& p, const Cuts& cuts, const BackwardWorker& w, float scale, int64_t image,
-                    int64_t first, float* kept) {
+double backward_block(const AggregateSoftBackward& p, const Cuts& cuts, const BackwardWorker& w,
+                      float scale, int64_t image, int64_t first, float* kept) {
   const int64_t tokens = smaller(p.N - first, cuts.tokens), row = image * p.N + first;
   const int64_t stride = ceil_div(cuts.slots, kLanes) * kLanes;
   const Terms terms = terms_at(scale, p.bias, p.mask, image, first);
@@ -213,60 +232,73 @@ double backward_block(const AggregateSoftBackward& p, const Cuts& cuts, const Ba
       if constexpr (Given) {
         widen_rows(key + slot, p.key.row_stride, tokens, slots, w.weights, stride);
       } else {
-        Product<T>::multiply_rows(key, p.key.row_stride, w.query_t, tokens, slots, p.E, w.weights, stride, false, w.stage);
+        Product<T>::multiply_rows(key, p.key.row_stride, w.query_t, tokens, slots, p.E, w.weights,
+                                  stride, false, w.stage);
       }
       if (p.scale_grad) widen_rows(w.weights, stride, tokens, slots, w.scores, stride);
       weigh(w.weights, stride, tokens, slots, terms, p.lse + image * p.M + slot);
     }
     if (p.value_grad) {
       const Left left = Product<T>::rows(weights, weights_stride, tokens, slots, w.operand, stride);
-      add_rows<T>(cuts, left, w.gradient, tokens, p.C, slots, values, slot > 0, static_cast<T*>(p.value_grad) + row * p.C);
+      add_rows<T>(cuts, left, w.gradient, tokens, p.C, slots, values, slot > 0,
+                  static_cast<T*>(p.value_grad) + row * p.C);
     }
     if (!p.key_grad && !p.query_grad && !p.bias_grad && !p.scale_grad) continue;
-    Product<T>::multiply_rows(rows_of<T>(p.value, image, first), p.value.row_stride, w.gradient_t, tokens, slots, p.C,
-                              w.shares, stride, false, w.stage);
-    scale_grad += share(weights, weights_stride, p.scale_grad ? w.scores : nullptr, w.shares, stride, tokens, slots, terms,
-                        w.mean, bias_grad);
+    Product<T>::multiply_rows(rows_of<T>(p.value, image, first), p.value.row_stride, w.gradient_t,
+                              tokens, slots, p.C, w.shares, stride, false, w.stage);
+    scale_grad += share(weights, weights_stride, p.scale_grad ? w.scores : nullptr, w.shares,
+                        stride, tokens, slots, terms, w.mean, bias_grad);
     if constexpr (Given) {
       for (int64_t n = 0; n < tokens; ++n) {
         T* const to = static_cast<T*>(p.key_grad) + (row + n) * p.M + slot;
-        each_vector(slots, [&](int64_t m, auto part) { store(to + m, load(w.shares + n * stride + m, part), part); });
+        each_vector(slots, [&](int64_t m, auto part) {
+          store(to + m, load(w.shares + n * stride + m, part), part);
+        });
       }
     } else {
       if (p.query_grad) keep_columns<T>(w.shares, stride, tokens, slots, kept + slot, cuts.stride);
       if (!p.key_grad) continue;
-      for (int64_t i = 0; i < tokens * stride; i += kLanes) store(w.shares + i, load(w.shares + i) * scale);
+      for (int64_t i = 0; i < tokens * stride; i += kLanes)
+        store(w.shares + i, load(w.shares + i) * scale);
       const Left left = Product<T>::rows(w.shares, stride, tokens, slots, w.operand, stride);
-      add_rows<T>(cuts, left, w.query, tokens, p.E, slots, keys, slot > 0, static_cast<T*>(p.key_grad) + row * p.E);
+      add_rows<T>(cuts, left, w.query, tokens, p.E, slots, keys, slot > 0,
+                  static_cast<T*>(p.key_grad) + row * p.E);
     }
   }
   const bool narrow = sizeof(T) < 4 && cuts.slot_blocks != 1;
-  if (narrow && keys) narrow_rows(keys, p.E, tokens, p.E, static_cast<T*>(p.key_grad) + row * p.E, p.E);
-  if (narrow && p.value_grad) narrow_rows(values, p.C, tokens, p.C, static_cast<T*>(p.value_grad) + row * p.C, p.C);
+  if (narrow && keys)
+    narrow_rows(keys, p.E, tokens, p.E, static_cast<T*>(p.key_grad) + row * p.E, p.E);
+  if (narrow && p.value_grad)
+    narrow_rows(values, p.C, tokens, p.C, static_cast<T*>(p.value_grad) + row * p.C, p.C);
   return scale_grad;
 }
 
-// Adds some panels of columns of the query gradient of `image`, over blocks of its tokens: sums[M, kTileCols] += sharesᵀ · keys each.
+// Adds some panels of columns of the query gradient of `image`, over blocks of its tokens: sums[M,
+// kTileCols] += sharesᵀ · keys each.
 template <class T>
-void add_query_panels(const AggregateSoftBackward& p, const Cuts& cuts, int64_t image, int64_t block, int64_t blocks,
-                      int64_t panel, const float* kept, float* packed, float* sums) {
+void add_query_panels(const AggregateSoftBackward& p, const Cuts& cuts, int64_t image,
+                      int64_t block, int64_t blocks, int64_t panel, const float* kept,
+                      float* packed, float* sums) {
   using Kind = typename Product<T>::Kind;
-  const int64_t column = panel * kTileCols, cols = smaller<int64_t>(p.E - column, cuts.panel_group * kTileCols);
+  const int64_t column = panel * kTileCols,
+                cols = smaller<int64_t>(p.E - column, cuts.panel_group * kTileCols);
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t first = (block + i) * cuts.tokens, tokens = smaller(p.N - first, cuts.tokens);
     const int64_t words = Kind::words(tokens);
     pack_tokens(rows_of<T>(p.key, image, first) + column, p.key.row_stride, tokens, cols,
                 terms_at(1.0f, {}, p.mask, image, first), packed);
     for (int64_t c = 0; c < cols; c += kTileCols) {
-      multiply_panel<Kind>({kept + i * cuts.tokens * cuts.stride, 1, cuts.stride}, packed + c * words, p.M,
-                           smaller<int64_t>(cols - c, kTileCols), words, sums + (column + c) * p.M, kTileCols, true);
+      multiply_panel<Kind>({kept + i * cuts.tokens * cuts.stride, 1, cuts.stride},
+                           packed + c * words, p.M, smaller<int64_t>(cols - c, kTileCols), words,
+                           sums + (column + c) * p.M, kTileCols, true);
     }
   }
 }
 
 // The query gradient of one image (of all, where it is shared) from its sums.
 template <class T>
-void write_query(const AggregateSoftBackward& p, const Cuts& cuts, float scale, int64_t image, const float* sums) {
+void write_query(const AggregateSoftBackward& p, const Cuts& cuts, float scale, int64_t image,
+                 const float* sums) {
   for (int64_t m = 0; m < p.M; ++m) {
     T* const to = static_cast<T*>(p.query_grad) + (image * p.M + m) * p.E;
     for (int64_t panel = 0; panel < cuts.panels; ++panel) {
@@ -293,7 +325,8 @@ BackwardScratch backward_scratch(const AggregateSoftBackward& p, const Cuts& cut
   const bool query = p.query_grad != nullptr;
   BackwardScratch scratch;
   scratch.sums = arena.floats(query ? cuts.sums * (cuts.shared ? 1 : cuts.images) : 0);
-  scratch.kept = arena.floats(query ? cuts.images * cuts.chunk_blocks * cuts.tokens * cuts.stride : 0);
+  scratch.kept =
+      arena.floats(query ? cuts.images * cuts.chunk_blocks * cuts.tokens * cuts.stride : 0);
   scratch.packed = arena.floats(query ? threads * cuts.tokens * kGroupCols : 0);
   scratch.scale = reinterpret_cast<double*>(arena.floats(p.scale_grad ? 2 * p.B * cuts.blocks : 0));
   backward_worker(p, cuts, &own);
@@ -303,10 +336,11 @@ BackwardScratch backward_scratch(const AggregateSoftBackward& p, const Cuts& cut
   return scratch;
 }
 
-// Adds the tokens of a chunk to the query gradients. A shared query meets its images in ascending order, whoever adds them.
+// Adds the tokens of a chunk to the query gradients. A shared query meets its images in ascending
+// order, whoever adds them.
 template <class T>
-void add_queries(const AggregateSoftBackward& p, const Cuts& cuts, const BackwardScratch& scratch, const Pool& pool,
-                 int64_t image, int64_t images, int64_t block, int64_t blocks) {
+void add_queries(const AggregateSoftBackward& p, const Cuts& cuts, const BackwardScratch& scratch,
+                 const Pool& pool, int64_t image, int64_t images, int64_t block, int64_t blocks) {
   const int64_t groups = cuts.shared ? 1 : images, together = cuts.shared ? images : 1;
   const int64_t image_floats = cuts.chunk_blocks * cuts.tokens * cuts.stride;
   const int64_t tasks = ceil_div(cuts.panels, cuts.panel_group);
@@ -314,7 +348,8 @@ void add_queries(const AggregateSoftBackward& p, const Cuts& cuts, const Backwar
     const int64_t group = task / tasks, panel = task % tasks * cuts.panel_group;
     for (int64_t i = group * together; i < (group + 1) * together; ++i) {
       add_query_panels<T>(p, cuts, image + i, block, blocks, panel, scratch.kept + i * image_floats,
-                          scratch.packed + worker * cuts.tokens * kGroupCols, scratch.sums + group * cuts.sums);
+                          scratch.packed + worker * cuts.tokens * kGroupCols,
+                          scratch.sums + group * cuts.sums);
     }
   });
 }
@@ -338,16 +373,17 @@ void run_backward(const AggregateSoftBackward& p, const Pool& pool) {
       share_tasks(pool, images * blocks, cuts.workers, [&](int64_t task, int64_t index) {
         const int64_t i = task / blocks, j = task % blocks;
         Arena own{scratch.workers + static_cast<uintptr_t>(index * scratch.worker_bytes)};
-        const double scale_grad =
-            backward_block<T, Given>(p, cuts, backward_worker(p, cuts, &own), scale, image + i, (block + j) * cuts.tokens,
-                                     scratch.kept + (i * cuts.chunk_blocks + j) * cuts.tokens * cuts.stride);
+        const double scale_grad = backward_block<T, Given>(
+            p, cuts, backward_worker(p, cuts, &own), scale, image + i, (block + j) * cuts.tokens,
+            scratch.kept + (i * cuts.chunk_blocks + j) * cuts.tokens * cuts.stride);
         if (p.scale_grad) scratch.scale[(image + i) * cuts.blocks + block + j] = scale_grad;
       });
       if (p.query_grad) add_queries<T>(p, cuts, scratch, pool, image, images, block, blocks);
     }
     if (!p.query_grad || cuts.shared) continue;
     parallel_for(pool, images, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) write_query<T>(p, cuts, scale, image + i, scratch.sums + i * cuts.sums);
+      for (int64_t i = begin; i < end; ++i)
+        write_query<T>(p, cuts, scale, image + i, scratch.sums + i * cuts.sums);
     });
   }
   if (p.query_grad && cuts.shared) write_query<T>(p, cuts, scale, 0, scratch.sums);

@@ -27,7 +27,8 @@ AggregateSoftBackward given(const AggregateLogitsBackward& p) {
 }  // namespace
 
 Status aggregate_logits_backward(const AggregateLogitsBackward& params, const Pool& pool) {
-  dispatch(params.dtype, [&](auto zero) { run_backward<decltype(zero), true>(given(params), pool); });
+  dispatch(params.dtype,
+           [&](auto zero) { run_backward<decltype(zero), true>(given(params), pool); });
   return Status::kOk;
 }
 

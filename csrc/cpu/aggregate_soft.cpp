@@ -8,6 +8,8 @@ Status aggregate_soft(const AggregateSoft& params, const Pool& pool) {
   return Status::kOk;
 }
 
-int64_t aggregate_soft_scratch(const AggregateSoft& params, int threads) { return forward_scratch(params, threads); }
+int64_t aggregate_soft_scratch(const AggregateSoft& params, int threads) {
+  return forward_scratch(params, threads);
+}
 
 }  // namespace tk::TK_ISA

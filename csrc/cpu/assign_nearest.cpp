@@ -1,11 +1,13 @@
-// assign_nearest on the CPU: packs the codebook, searches it, and looks at the winner once more for its distance and its code.
+// assign_nearest on the CPU: packs the codebook, searches it, and looks at the winner once more for
+// its distance and its code.
 #include "cpu/codebook.h"
 
 namespace tk::TK_ISA {
 namespace {
 
-// How the work is cut: an item is one tile of kRows rows of one group against one of `splits` parts of the codebook. A task is a
-// range of items with scratch of its own; its tiles share passes over the codebook unless that is split.
+// How the work is cut: an item is one tile of kRows rows of one group against one of `splits` parts
+// of the codebook. A task is a range of items with scratch of its own; its tiles share passes over
+// the codebook unless that is split.
 struct Plan {
   int64_t tiles;   // per group
   int64_t splits;  // more than one only where there are fewer tiles than threads
@@ -45,10 +47,12 @@ TK_INLINE int64_t task_bytes(const AssignNearest& p) {
 TK_INLINE Scratch scratch_of(const AssignNearest& p, const Plan& plan) {
   char* base = static_cast<char*>(p.scratch);
   char* candidates = base + packed_bytes(p);
-  return {reinterpret_cast<float*>(base), reinterpret_cast<Candidate*>(candidates), candidates + candidate_bytes(plan)};
+  return {reinterpret_cast<float*>(base), reinterpret_cast<Candidate*>(candidates),
+          candidates + candidate_bytes(plan)};
 }
 
-TK_INLINE void fill_tile(const AssignNearest& p, const Packed& packed, int64_t group, int64_t tile, float* to) {
+TK_INLINE void fill_tile(const AssignNearest& p, const Packed& packed, int64_t group, int64_t tile,
+                         float* to) {
   float row[kMaxDim];
   for (int r = 0; r < kRows; ++r) {
     const int64_t number = tile * kRows + r;
@@ -61,7 +65,8 @@ TK_INLINE void fill_tile(const AssignNearest& p, const Packed& packed, int64_t g
   }
 }
 
-// ‖x−e‖², 1 − cos or −⟨x,e⟩, from the values as they came. Between vectors of length 1, 1 − cos = ½‖x−e‖² loses no digits near 0.
+// ‖x−e‖², 1 − cos or −⟨x,e⟩, from the values as they came. Between vectors of length 1, 1 − cos =
+// ½‖x−e‖² loses no digits near 0.
 float distance_of(Metric metric, float* x, float* code, int64_t dim) {
   bool differences = metric == Metric::kL2;
   float scale = 1;
@@ -84,13 +89,15 @@ float distance_of(Metric metric, float* x, float* code, int64_t dim) {
 
 void copy_code(const Codebooks& book, int64_t group, int64_t code, void* to) {
   const int64_t size = size_of(book.dtype);
-  const char* from = static_cast<const char*>(book.data) + (group * book.group_stride + code * book.code_stride) * size;
+  const char* from = static_cast<const char*>(book.data) +
+                     (group * book.group_stride + code * book.code_stride) * size;
   if (book.stride == 1) {
     std::memcpy(to, from, static_cast<size_t>(book.dim * size));
     return;
   }
   for (int64_t d = 0; d < book.dim; ++d) {
-    std::memcpy(static_cast<char*>(to) + d * size, from + d * book.stride * size, static_cast<size_t>(size));
+    std::memcpy(static_cast<char*>(to) + d * size, from + d * book.stride * size,
+                static_cast<size_t>(size));
   }
 }
 
@@ -98,7 +105,8 @@ TK_INLINE void write_row(const AssignNearest& p, int64_t group, int64_t row, int
   const int64_t at = row * p.codebook.groups + group, dim = p.codebook.dim;
   p.index[at] = code;
   if (p.codes != nullptr) {
-    copy_code(p.codebook, group, code, static_cast<char*>(p.codes) + at * dim * size_of(p.codebook.dtype));
+    copy_code(p.codebook, group, code,
+              static_cast<char*>(p.codes) + at * dim * size_of(p.codebook.dtype));
   }
   if (p.distance == nullptr) return;
   float x[kMaxDim], e[kMaxDim];
@@ -107,15 +115,17 @@ TK_INLINE void write_row(const AssignNearest& p, int64_t group, int64_t row, int
   p.distance[at] = distance_of(p.metric, x, e, dim);
 }
 
-TK_INLINE void finish_tile(const AssignNearest& p, const Packed& packed, int64_t group, int64_t tile, const float* values,
+TK_INLINE void finish_tile(const AssignNearest& p, const Packed& packed, int64_t group,
+                           int64_t tile, const float* values,
                            const Candidate (&candidates)[kRows]) {
   const int64_t count = smaller<int64_t>(kRows, p.x.rows - tile * kRows);
-  for (int r = 0; r < count; ++r) write_row(p, group, tile * kRows + r, code_of(packed, values, r, candidates[r]));
+  for (int r = 0; r < count; ++r)
+    write_row(p, group, tile * kRows + r, code_of(packed, values, r, candidates[r]));
 }
 
 // Tiles [first, first + count) of a group against the whole codebook.
-void whole_block(const AssignNearest& p, const Packed& packed, int64_t group, int64_t first, int64_t count, Best* best,
-                 float* tiles) {
+void whole_block(const AssignNearest& p, const Packed& packed, int64_t group, int64_t first,
+                 int64_t count, Best* best, float* tiles) {
   const int64_t tile_size = kRows * packed.dim;
   for (int64_t t = 0; t < count; ++t) fill_tile(p, packed, group, first + t, tiles + t * tile_size);
   search(packed, tiles, count, 0, packed.panel_count, best);
@@ -132,7 +142,8 @@ void run_task(const AssignNearest& p, const Plan& plan, const Scratch& scratch, 
   float* tiles = reinterpret_cast<float*>(own + best_bytes());
   const int64_t end = plan.items * (task + 1) / plan.tasks;
   for (int64_t item = plan.items * task / plan.tasks; item < end;) {
-    const int64_t number = item / plan.splits, group = number / plan.tiles, tile = number % plan.tiles;
+    const int64_t number = item / plan.splits, group = number / plan.tiles,
+                  tile = number % plan.tiles;
     const Packed packed = packed_at(scratch.packed, p.codebook, group, p.metric);
     if (plan.splits == 1) {
       const int64_t count = smaller(smaller(kBlockTiles, plan.tiles - tile), end - item);
@@ -142,9 +153,11 @@ void run_task(const AssignNearest& p, const Plan& plan, const Scratch& scratch, 
     }
     const int64_t split = item % plan.splits;
     fill_tile(p, packed, group, tile, tiles);
-    search(packed, tiles, 1, packed.panel_count * split / plan.splits, packed.panel_count * (split + 1) / plan.splits, best);
+    search(packed, tiles, 1, packed.panel_count * split / plan.splits,
+           packed.panel_count * (split + 1) / plan.splits, best);
     for (int r = 0; r < kRows; ++r) {
-      scratch.candidates[(number * kRows + r) * plan.splits + split] = candidate_of(packed, best[0], r);
+      scratch.candidates[(number * kRows + r) * plan.splits + split] =
+          candidate_of(packed, best[0], r);
     }
     ++item;
   }
@@ -176,7 +189,8 @@ Status assign_nearest(const AssignNearest& p, const Pool& pool) {
   if (plan.items == 0) return Status::kOk;
   const Scratch scratch = scratch_of(p, plan);
   pack(p.codebook, p.metric, scratch.packed, pool);
-  const int64_t cost = plan.items / plan.tasks * kRows * p.codebook.codes * p.codebook.dim / (kLanes * plan.splits);
+  const int64_t cost =
+      plan.items / plan.tasks * kRows * p.codebook.codes * p.codebook.dim / (kLanes * plan.splits);
   parallel_for(pool, plan.tasks, grain_of(cost), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) run_task(p, plan, scratch, task);
   });

@@ -1,4 +1,5 @@
-// assign_residual on the CPU: packs all codebooks, then takes blocks of rows through all rounds, their residual in float32 throughout.
+// assign_residual on the CPU: packs all codebooks, then takes blocks of rows through all rounds,
+// their residual in float32 throughout.
 #include "cpu/codebook.h"
 
 namespace tk::TK_ISA {
@@ -26,7 +27,8 @@ TK_INLINE Block block_at(char* base, int64_t dim) {
 }
 
 TK_INLINE int64_t packed_bytes(const AssignResidual& p) {
-  return p.codebooks.groups * packed_floats(p.codebooks.codes, p.codebooks.dim) * int64_t{sizeof(float)};
+  return p.codebooks.groups * packed_floats(p.codebooks.codes, p.codebooks.dim) *
+         int64_t{sizeof(float)};
 }
 
 TK_INLINE int64_t tasks_of(const AssignResidual& p, int threads) {
@@ -45,7 +47,8 @@ TK_INLINE void write_residual(const AssignResidual& p, int64_t row, const float*
 }
 
 // One round for `count` rows: search, note the codes, subtract them.
-void run_round(const AssignResidual& p, int64_t round, int64_t first, int64_t count, const Block& block) {
+void run_round(const AssignResidual& p, int64_t round, int64_t first, int64_t count,
+               const Block& block) {
   const int64_t dim = p.codebooks.dim, tiles = ceil_div(count, kRows), tile_size = kRows * dim;
   const Packed packed = packed_at(static_cast<float*>(p.scratch), p.codebooks, round, Metric::kL2);
   float row[kMaxDim];
@@ -79,12 +82,15 @@ Status assign_residual(const AssignResidual& p, const Pool& pool) {
   const int64_t cost = p.x.rows * p.codebooks.groups * p.codebooks.codes * dim / (kLanes * tasks);
   parallel_for(pool, tasks, grain_of(cost), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const Block block = block_at(static_cast<char*>(p.scratch) + packed_bytes(p) + task * block_bytes(dim), dim);
+      const Block block =
+          block_at(static_cast<char*>(p.scratch) + packed_bytes(p) + task * block_bytes(dim), dim);
       const int64_t last = p.x.rows * (task + 1) / tasks;
       for (int64_t first = p.x.rows * task / tasks; first < last; first += kBlockRows) {
         const int64_t count = smaller(kBlockRows, last - first);
-        for (int64_t i = 0; i < count; ++i) read_row(p.x, first + i, 0, dim, block.residual + i * dim);
-        for (int64_t round = 0; round < p.codebooks.groups; ++round) run_round(p, round, first, count, block);
+        for (int64_t i = 0; i < count; ++i)
+          read_row(p.x, first + i, 0, dim, block.residual + i * dim);
+        for (int64_t round = 0; round < p.codebooks.groups; ++round)
+          run_round(p, round, first, count, block);
         for (int64_t i = 0; i < count; ++i) write_residual(p, first + i, block.residual + i * dim);
       }
     }

@@ -1,4 +1,5 @@
-// gather_topk on the CPU: radix selection with lowest-index ties, then one pass that moves the chosen rows of every tensor.
+// gather_topk on the CPU: radix selection with lowest-index ties, then one pass that moves the
+// chosen rows of every tensor.
 #include "cpu/rows.h"
 #include "cpu/simd.h"
 
@@ -7,8 +8,8 @@ namespace {
 
 using Fuse = GatherTopk::Fuse;
 
-// Scores as integers of the same order: NaN lowest, −0 equal to +0. Below and above them there is room for tokens that never and
-// that always win.
+// Scores as integers of the same order: NaN lowest, −0 equal to +0. Below and above them there is
+// room for tokens that never and that always win.
 constexpr int32_t kNever = INT32_MIN, kNan = INT32_MIN + 1, kAlways = INT32_MAX;
 
 TK_INLINE int32_t ordered(float score) {
@@ -30,7 +31,8 @@ TK_INLINE int64_t row_bytes(int64_t tokens) {
 }
 
 TK_INLINE Row row_of(const GatherTopk& p, int64_t task) {
-  int64_t* other = reinterpret_cast<int64_t*>(static_cast<char*>(p.scratch) + task * row_bytes(p.tokens));
+  int64_t* other =
+      reinterpret_cast<int64_t*>(static_cast<char*>(p.scratch) + task * row_bytes(p.tokens));
   return {reinterpret_cast<int32_t*>(other + padded(p.tokens)), other};
 }
 
@@ -100,11 +102,13 @@ int64_t choose(const int32_t* keys, int64_t tokens, int64_t need, int64_t* selec
   return count;
 }
 
-int64_t choose_by_threshold(const GatherTopk& p, const int32_t* keys, int64_t image, int64_t* selected) {
+int64_t choose_by_threshold(const GatherTopk& p, const int32_t* keys, int64_t image,
+                            int64_t* selected) {
   const int32_t bar = p.threshold != p.threshold ? kAlways : ordered(p.threshold);
   int64_t count = 0;
   for (int64_t n = 0; n < p.tokens; ++n) {
-    const bool kept = p.keep != nullptr && p.keep[image * p.keep_batch_stride + n * p.keep_token_stride];
+    const bool kept =
+        p.keep != nullptr && p.keep[image * p.keep_batch_stride + n * p.keep_token_stride];
     selected[count] = n;
     count += kept || keys[n] >= bar;
   }
@@ -158,18 +162,21 @@ TK_INLINE int64_t chosen_count(const GatherTopk& p, int64_t image) {
 
 TK_INLINE float score_at(const void* scores, DType dtype, int64_t at) {
   float value = 0;
-  dispatch(dtype, [&](auto zero) { value = to_float(static_cast<const decltype(zero)*>(scores)[at]); });
+  dispatch(dtype,
+           [&](auto zero) { value = to_float(static_cast<const decltype(zero)*>(scores)[at]); });
   return value;
 }
 
-// The score-weighted sum of the rows that were not chosen, in channel blocks that stay in registers; ascending tokens.
+// The score-weighted sum of the rows that were not chosen, in channel blocks that stay in
+// registers; ascending tokens.
 template <class T>
 void fuse_dropped(const GatherTopk& p, const GatherTopk::Tensor& tensor, int64_t image) {
   const int64_t* selected = p.selected + image * p.tokens;
   const int64_t count = chosen_count(p, image);
   const int64_t channels = tensor.row_bytes / static_cast<int64_t>(sizeof(T));
   T* to = static_cast<T*>(tensor.to) + (p.offsets[image + 1] - 1) * channels;
-  const char* rows = static_cast<const char*>(tensor.from) + image * tensor.batch_stride + p.prefix * tensor.token_stride;
+  const char* rows = static_cast<const char*>(tensor.from) + image * tensor.batch_stride +
+                     p.prefix * tensor.token_stride;
   bool* dropped = static_cast<bool*>(p.scratch) + image * p.tokens;
   std::memset(dropped, 1, static_cast<size_t>(p.tokens));
   for (int64_t i = 0; i < count; ++i) dropped[selected[i]] = false;
@@ -179,12 +186,15 @@ void fuse_dropped(const GatherTopk& p, const GatherTopk::Tensor& tensor, int64_t
     float weight = 0;
     for (int64_t n = 0; n < p.tokens; ++n) {
       if (!dropped[n]) continue;
-      const float score = score_at(p.scores, p.scores_dtype, image * p.scores_batch_stride + n * p.scores_token_stride);
+      const float score = score_at(p.scores, p.scores_dtype,
+                                   image * p.scores_batch_stride + n * p.scores_token_stride);
       const T* row = reinterpret_cast<const T*>(rows + n * tensor.token_stride);
       weight += score;
       for (int v = 0; v < kVectors; ++v) {
         const int64_t at = c + v * kLanes;
-        if (at < channels) total[v] += load(row + at, static_cast<int>(smaller<int64_t>(channels - at, kLanes))) * score;
+        if (at < channels)
+          total[v] +=
+              load(row + at, static_cast<int>(smaller<int64_t>(channels - at, kLanes))) * score;
       }
     }
     if (p.fuse == Fuse::kMean && weight != 0) {
@@ -192,20 +202,22 @@ void fuse_dropped(const GatherTopk& p, const GatherTopk::Tensor& tensor, int64_t
     }
     for (int v = 0; v < kVectors; ++v) {
       const int64_t at = c + v * kLanes;
-      if (at < channels) store(to + at, total[v], static_cast<int>(smaller<int64_t>(channels - at, kLanes)));
+      if (at < channels)
+        store(to + at, total[v], static_cast<int>(smaller<int64_t>(channels - at, kLanes)));
     }
   }
 }
 
 // Output rows [begin, end) of one image, counted from its first.
-void copy_rows(const GatherTopk& p, const GatherTopk::Tensor& tensor, int64_t image, int64_t begin, int64_t end,
-               bool streaming) {
+void copy_rows(const GatherTopk& p, const GatherTopk::Tensor& tensor, int64_t image, int64_t begin,
+               int64_t end, bool streaming) {
   const int64_t* selected = p.selected + image * p.tokens;
   const char* rows = static_cast<const char*>(tensor.from) + image * tensor.batch_stride;
   char* to = static_cast<char*>(tensor.to) + p.offsets[image] * tensor.row_bytes;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t token = i < p.prefix ? i : p.prefix + selected[i - p.prefix];
-    copy_row(to + i * tensor.row_bytes, rows + token * tensor.token_stride, tensor.row_bytes, streaming);
+    copy_row(to + i * tensor.row_bytes, rows + token * tensor.token_stride, tensor.row_bytes,
+             streaming);
   }
 }
 
@@ -215,19 +227,23 @@ constexpr int64_t kRowsPerTask = 64;
 
 Status gather_topk_select(const GatherTopk& p, const Pool& pool) {
   const int64_t tasks = smaller<int64_t>(pool.threads, p.batch);
-  parallel_for(pool, tasks, grain_of(16 * p.tokens * p.batch / larger<int64_t>(tasks, 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      for (int64_t image = p.batch * task / tasks; image < p.batch * (task + 1) / tasks; ++image) {
-        p.offsets[image + 1] = select(p, row_of(p, task), image) + extra_rows(p);
-      }
-    }
-  });
+  parallel_for(pool, tasks, grain_of(16 * p.tokens * p.batch / larger<int64_t>(tasks, 1)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t task = begin; task < end; ++task) {
+                   for (int64_t image = p.batch * task / tasks;
+                        image < p.batch * (task + 1) / tasks; ++image) {
+                     p.offsets[image + 1] = select(p, row_of(p, task), image) + extra_rows(p);
+                   }
+                 }
+               });
   p.offsets[0] = 0;
   for (int64_t image = 0; image < p.batch; ++image) p.offsets[image + 1] += p.offsets[image];
   return Status::kOk;
 }
 
-int64_t gather_topk_select_scratch(const GatherTopk& p, int threads) { return threads * row_bytes(p.tokens); }
+int64_t gather_topk_select_scratch(const GatherTopk& p, int threads) {
+  return threads * row_bytes(p.tokens);
+}
 
 Status gather_topk(const GatherTopk& p, const Pool& pool) {
   int64_t most = 0, bytes = 0;
@@ -235,30 +251,37 @@ Status gather_topk(const GatherTopk& p, const Pool& pool) {
   for (int t = 0; t < p.tensor_count; ++t) bytes += p.offsets[p.batch] * p.tensors[t].row_bytes;
   const bool streaming = bytes > kStreamingBytes;
   const int64_t blocks = ceil_div(p.prefix + most, kRowsPerTask), tasks = p.batch * blocks;
-  parallel_for(pool, tasks, grain_of(bytes / larger<int64_t>(tasks, 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t image = task / blocks, first = task % blocks * kRowsPerTask;
-      const int64_t last = smaller(first + kRowsPerTask, p.prefix + chosen_count(p, image));
-      for (int t = 0; t < p.tensor_count; ++t) copy_rows(p, p.tensors[t], image, first, last, streaming);
-    }
-    if (streaming) streaming_done();
-  });
+  parallel_for(
+      pool, tasks, grain_of(bytes / larger<int64_t>(tasks, 1)), [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t image = task / blocks, first = task % blocks * kRowsPerTask;
+          const int64_t last = smaller(first + kRowsPerTask, p.prefix + chosen_count(p, image));
+          for (int t = 0; t < p.tensor_count; ++t)
+            copy_rows(p, p.tensors[t], image, first, last, streaming);
+        }
+        if (streaming) streaming_done();
+      });
   for (int64_t image = 0, at = 0; image < p.batch; ++image) {
     const int64_t count = chosen_count(p, image);
-    std::memcpy(p.index + at, p.selected + image * p.tokens, sizeof(int64_t) * static_cast<size_t>(count));
+    std::memcpy(p.index + at, p.selected + image * p.tokens,
+                sizeof(int64_t) * static_cast<size_t>(count));
     at += count;
   }
   if (p.fuse == Fuse::kNone) return Status::kOk;
-  parallel_for(pool, p.batch, grain_of(p.tokens * p.tensors[0].row_bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t image = begin; image < end; ++image) {
-      for (int t = 0; t < p.tensor_count; ++t) {
-        dispatch(p.tensors[t].dtype, [&](auto zero) { fuse_dropped<decltype(zero)>(p, p.tensors[t], image); });
-      }
-    }
-  });
+  parallel_for(
+      pool, p.batch, grain_of(p.tokens * p.tensors[0].row_bytes), [&](int64_t begin, int64_t end) {
+        for (int64_t image = begin; image < end; ++image) {
+          for (int t = 0; t < p.tensor_count; ++t) {
+            dispatch(p.tensors[t].dtype,
+                     [&](auto zero) { fuse_dropped<decltype(zero)>(p, p.tensors[t], image); });
+          }
+        }
+      });
   return Status::kOk;
 }
 
-int64_t gather_topk_scratch(const GatherTopk& p, int) { return p.fuse == Fuse::kNone ? 0 : p.batch * p.tokens; }
+int64_t gather_topk_scratch(const GatherTopk& p, int) {
+  return p.fuse == Fuse::kNone ? 0 : p.batch * p.tokens;
+}
 
 }  // namespace tk::TK_ISA

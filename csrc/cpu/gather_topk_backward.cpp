@@ -1,5 +1,5 @@
-// gather_topk backward on the CPU: every row of the input's gradient is written once, from the row that was chosen, from the fused
-// row, or as zeros.
+// gather_topk backward on the CPU: every row of the input's gradient is written once, from the row
+// that was chosen, from the fused row, or as zeros.
 #include "cpu/rows.h"
 #include "cpu/simd.h"
 
@@ -10,7 +10,9 @@ using Fuse = GatherTopk::Fuse;
 
 constexpr int32_t kDropped = -1;
 
-TK_INLINE int64_t extra_rows(const GatherTopkBackward& p) { return p.prefix + (p.fuse != Fuse::kNone); }
+TK_INLINE int64_t extra_rows(const GatherTopkBackward& p) {
+  return p.prefix + (p.fuse != Fuse::kNone);
+}
 
 TK_INLINE float score(const GatherTopkBackward& p, int64_t image, int64_t n) {
   float value = 0;
@@ -29,7 +31,9 @@ void invert(const GatherTopkBackward& p, int64_t image, int32_t* place) {
   for (int64_t i = 0; i < count; ++i) place[p.index[first + i]] = static_cast<int32_t>(i);
 }
 
-TK_INLINE int lanes_left(int64_t channels, int64_t at) { return static_cast<int>(smaller<int64_t>(channels - at, kLanes)); }
+TK_INLINE int lanes_left(int64_t channels, int64_t at) {
+  return static_cast<int>(smaller<int64_t>(channels - at, kLanes));
+}
 
 template <class T>
 void scale_row(T* to, const T* from, int64_t channels, float factor) {
@@ -57,11 +61,13 @@ float dropped_weight(const GatherTopkBackward& p, int64_t image, const int32_t* 
   return total;
 }
 
-// Gradient of the scores through one tensor's fused row f = Σ s·x / W (W = 1, or Σ s): ⟨x_n, g⟩ / W, less ⟨f, g⟩ / W for a mean.
+// Gradient of the scores through one tensor's fused row f = Σ s·x / W (W = 1, or Σ s): ⟨x_n, g⟩ /
+// W, less ⟨f, g⟩ / W for a mean.
 template <class T>
-void add_scores_gradient(const GatherTopkBackward& p, const GatherTopkBackward::Tensor& tensor, int64_t image,
-                         const int32_t* place, const T* gradient, float weight) {
-  const T* x = static_cast<const T*>(tensor.x) + image * tensor.x_batch_stride + p.prefix * tensor.x_token_stride;
+void add_scores_gradient(const GatherTopkBackward& p, const GatherTopkBackward::Tensor& tensor,
+                         int64_t image, const int32_t* place, const T* gradient, float weight) {
+  const T* x = static_cast<const T*>(tensor.x) + image * tensor.x_batch_stride +
+               p.prefix * tensor.x_token_stride;
   float* to = p.scores_gradient + image * p.tokens;
   const bool mean = p.fuse == Fuse::kMean && weight != 0;
   const float inverse = mean ? 1 / weight : 1;
@@ -80,7 +86,8 @@ void add_scores_gradient(const GatherTopkBackward& p, const GatherTopkBackward::
 }
 
 template <class T>
-void scatter(const GatherTopkBackward& p, const GatherTopkBackward::Tensor& tensor, int64_t image, const int32_t* place) {
+void scatter(const GatherTopkBackward& p, const GatherTopkBackward::Tensor& tensor, int64_t image,
+             const int32_t* place) {
   const int64_t channels = tensor.channels, bytes = channels * static_cast<int64_t>(sizeof(T));
   const T* from = static_cast<const T*>(tensor.from) + p.offsets[image] * channels;
   T* to = static_cast<T*>(tensor.to) + image * (p.prefix + p.tokens) * channels;
@@ -113,7 +120,8 @@ Status gather_topk_backward(const GatherTopkBackward& p, const Pool& pool) {
       int32_t* place = static_cast<int32_t*>(p.scratch) + image * p.tokens;
       invert(p, image, place);
       for (int t = 0; t < p.tensor_count; ++t) {
-        dispatch(p.tensors[t].dtype, [&](auto zero) { scatter<decltype(zero)>(p, p.tensors[t], image, place); });
+        dispatch(p.tensors[t].dtype,
+                 [&](auto zero) { scatter<decltype(zero)>(p, p.tensors[t], image, place); });
       }
     }
   });

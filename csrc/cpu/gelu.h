@@ -6,8 +6,8 @@
 namespace tk::TK_ISA {
 namespace {
 
-// Φ(u), absolute error below 1e-7. Near zero an odd polynomial for erf; in the tails e to a polynomial for 1 − erf, so that
-// nothing cancels there.
+// Φ(u), absolute error below 1e-7. Near zero an odd polynomial for erf; in the tails e to a
+// polynomial for 1 − erf, so that nothing cancels there.
 TK_INLINE Floats normal_cdf(Floats u) {
   const Floats a = u * 0.70710678118654752f;
   const Floats s = a * a;
@@ -19,7 +19,8 @@ TK_INLINE Floats normal_cdf(Floats u) {
   centre = centre * s + -3.76125336e-1f;
   centre = centre * s + 1.28379166e-1f;
   centre = centre * a + a;
-  Floats power = (t * -1.72853470e-5f + 3.83197126e-4f) * s + (t * -3.88396438e-3f + 2.42546219e-2f);
+  Floats power =
+      (t * -1.72853470e-5f + 3.83197126e-4f) * s + (t * -3.88396438e-3f + 2.42546219e-2f);
   power = power * t + -1.06777877e-1f;
   power = power * t + -6.34846687e-1f;
   power = power * t + -1.28717512e-1f;

@@ -1,4 +1,5 @@
-// bfloat16 products by pairs: for processors with AVX512_BF16, operands stay halves and every multiply-add takes two of them.
+// bfloat16 products by pairs: for processors with AVX512_BF16, operands stay halves and every
+// multiply-add takes two of them.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -6,17 +7,23 @@
 namespace tk::TK_ISA {
 namespace {
 
-TK_INLINE __mmask32 first_halves(int64_t count) { return static_cast<__mmask32>((uint64_t{1} << count) - 1u); }
+TK_INLINE __mmask32 first_halves(int64_t count) {
+  return static_cast<__mmask32>((uint64_t{1} << count) - 1u);
+}
 
 // Words of two vectors of halves: `even` below, `odd` above.
 TK_INLINE __m512i join(__m256i even, __m256i odd) {
-  return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(even),
+                         _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
 
-TK_INLINE __m256i round_halves(Floats value) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)); }
+TK_INLINE __m256i round_halves(Floats value) {
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
+}
 
 // B's rows contiguous: from[k * depth_stride + n], `depth` elements; zeros beyond depth and cols.
-inline void pack_panels_pairs(const BFloat16* from, int64_t depth_stride, int64_t depth, int64_t cols, float* to) {
+inline void pack_panels_pairs(const BFloat16* from, int64_t depth_stride, int64_t depth,
+                              int64_t cols, float* to) {
   const int64_t words = Pairs::words(depth);
   for (int64_t first_col = 0; first_col < cols; first_col += kPanelGroup * kTileCols) {
     const int64_t last_col = smaller(cols, first_col + kPanelGroup * kTileCols);
@@ -28,14 +35,17 @@ inline void pack_panels_pairs(const BFloat16* from, int64_t depth_stride, int64_
         const __m512i odd = _mm512_maskz_loadu_epi16(k + 1 < depth ? mask : 0, row + depth_stride);
         float* out = to + n * words + k / 2 * kTileCols;
         _mm512_storeu_si512(out, join(_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd)));
-        _mm512_storeu_si512(out + kLanes, join(_mm512_extracti64x4_epi64(even, 1), _mm512_extracti64x4_epi64(odd, 1)));
+        _mm512_storeu_si512(out + kLanes, join(_mm512_extracti64x4_epi64(even, 1),
+                                               _mm512_extracti64x4_epi64(odd, 1)));
       }
     }
   }
 }
 
-// One panel, B's columns contiguous: from[n * col_stride + k], `depth` elements, cols ≤ kTileCols; zeros beyond both.
-inline void pack_panel_pairs_transposed(const BFloat16* from, int64_t col_stride, int64_t depth, int64_t cols, float* to) {
+// One panel, B's columns contiguous: from[n * col_stride + k], `depth` elements, cols ≤ kTileCols;
+// zeros beyond both.
+inline void pack_panel_pairs_transposed(const BFloat16* from, int64_t col_stride, int64_t depth,
+                                        int64_t cols, float* to) {
   for (int64_t k = 0; k < depth; k += 2 * kLanes, to += kLanes * kTileCols) {
     const __mmask32 mask = first_halves(smaller<int64_t>(depth - k, 2 * kLanes));
     const int64_t words = Pairs::words(smaller<int64_t>(depth - k, 2 * kLanes));
@@ -44,7 +54,8 @@ inline void pack_panel_pairs_transposed(const BFloat16* from, int64_t col_stride
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
         const int64_t n = part * kLanes + i;
-        square[i] = reinterpret_cast<Floats>(_mm512_maskz_loadu_epi16(n < cols ? mask : 0, from + n * col_stride + k));
+        square[i] = reinterpret_cast<Floats>(
+            _mm512_maskz_loadu_epi16(n < cols ? mask : 0, from + n * col_stride + k));
       }
       transpose(square);
 #pragma GCC unroll 16
@@ -59,19 +70,23 @@ template <>
 struct Product<BFloat16> {
   using Kind = Pairs;
 
-  static void pack(const BFloat16* from, int64_t depth_stride, int64_t col_stride, int64_t depth, int64_t cols, float* to) {
+  static void pack(const BFloat16* from, int64_t depth_stride, int64_t col_stride, int64_t depth,
+                   int64_t cols, float* to) {
     if (col_stride == 1) return pack_panels_pairs(from, depth_stride, depth, cols, to);
     for (int64_t n = 0; n < cols; n += kTileCols, to += Kind::words(depth) * kTileCols) {
-      pack_panel_pairs_transposed(from + n * col_stride, col_stride, depth, smaller<int64_t>(cols - n, kTileCols), to);
+      pack_panel_pairs_transposed(from + n * col_stride, col_stride, depth,
+                                  smaller<int64_t>(cols - n, kTileCols), to);
     }
   }
 
   static constexpr int64_t stage(int64_t rows) { return rows * kDepthBlock; }
 
-  static void multiply_rows(const BFloat16* from, int64_t from_stride, const float* packed, int64_t rows, int64_t cols,
-                            int64_t depth, float* c, int64_t c_stride, bool accumulate, float* stage) {
+  static void multiply_rows(const BFloat16* from, int64_t from_stride, const float* packed,
+                            int64_t rows, int64_t cols, int64_t depth, float* c, int64_t c_stride,
+                            bool accumulate, float* stage) {
     const int64_t words = Kind::words(depth);
-    const bool in_place = depth % 2 == 0 && from_stride % 2 == 0 && reinterpret_cast<uintptr_t>(from) % 4 == 0;
+    const bool in_place =
+        depth % 2 == 0 && from_stride % 2 == 0 && reinterpret_cast<uintptr_t>(from) % 4 == 0;
     for (int64_t k = 0; k == 0 || k < words; k += kDepthBlock) {
       const int64_t block = smaller(words - k, kDepthBlock);
       Left left = {reinterpret_cast<const float*>(from + 2 * k), from_stride / 2, 1};
@@ -80,35 +95,40 @@ struct Product<BFloat16> {
         left = {stage, kDepthBlock, 1};
       }
       for (int64_t n = 0; n < cols; n += kTileCols) {
-        multiply_panel<Kind>(left, packed + n * words + k * kTileCols, rows, smaller<int64_t>(cols - n, kTileCols), block,
-                             c + n, c_stride, accumulate || k > 0);
+        multiply_panel<Kind>(left, packed + n * words + k * kTileCols, rows,
+                             smaller<int64_t>(cols - n, kTileCols), block, c + n, c_stride,
+                             accumulate || k > 0);
       }
     }
   }
 
   // Element row k of a panel of words.
   static void clear(float* panel, int64_t k) {
-    const __m512i other = _mm512_set1_epi32(k % 2 == 0 ? static_cast<int>(0xffff0000u) : 0x0000ffff);
+    const __m512i other =
+        _mm512_set1_epi32(k % 2 == 0 ? static_cast<int>(0xffff0000u) : 0x0000ffff);
     for (int v = 0; v < kTileVectors; ++v) {
       float* words = panel + k / 2 * kTileCols + v * kLanes;
       _mm512_storeu_si512(words, _mm512_and_si512(_mm512_loadu_si512(words), other));
     }
   }
 
-  static Left columns(const float* block, int64_t stride, int64_t depth, int64_t rows, float* to, int64_t to_stride) {
+  static Left columns(const float* block, int64_t stride, int64_t depth, int64_t rows, float* to,
+                      int64_t to_stride) {
     for (int64_t k = 0; k < depth; k += 2) {
       const float* even = block + k * stride;
       float* out = to + k / 2 * to_stride;
       for (int64_t i = 0; i < rows; i += kLanes) {
         const int count = static_cast<int>(smaller<int64_t>(rows - i, kLanes));
         const Floats above = k + 1 < depth ? load(even + stride + i, count) : splat(0.0f);
-        _mm512_mask_storeu_epi32(out + i, first(count), join(round_halves(load(even + i, count)), round_halves(above)));
+        _mm512_mask_storeu_epi32(out + i, first(count),
+                                 join(round_halves(load(even + i, count)), round_halves(above)));
       }
     }
     return {to, 1, to_stride};
   }
 
-  static Left rows(const float* block, int64_t stride, int64_t rows, int64_t depth, float* to, int64_t to_stride) {
+  static Left rows(const float* block, int64_t stride, int64_t rows, int64_t depth, float* to,
+                   int64_t to_stride) {
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t k = 0; k < depth; k += kLanes) {
         const int count = static_cast<int>(smaller<int64_t>(depth - k, kLanes));
@@ -121,11 +141,13 @@ struct Product<BFloat16> {
   }
 
  private:
-  static void copy_rows(const BFloat16* from, int64_t from_stride, int64_t rows, int64_t depth, float* stage) {
+  static void copy_rows(const BFloat16* from, int64_t from_stride, int64_t rows, int64_t depth,
+                        float* stage) {
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t k = 0; k < depth; k += 2 * kLanes) {
         const __mmask32 mask = first_halves(smaller<int64_t>(depth - k, 2 * kLanes));
-        _mm512_storeu_si512(stage + i * kDepthBlock + k / 2, _mm512_maskz_loadu_epi16(mask, from + i * from_stride + k));
+        _mm512_storeu_si512(stage + i * kDepthBlock + k / 2,
+                            _mm512_maskz_loadu_epi16(mask, from + i * from_stride + k));
       }
     }
   }

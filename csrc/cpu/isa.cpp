@@ -1,4 +1,5 @@
-// Asks the processor once which instruction set it has and sends every call to the kernels compiled for it.
+// Asks the processor once which instruction set it has and sends every call to the kernels compiled
+// for it.
 #include "cpu/isa.h"
 
 #include <cstring>
@@ -46,9 +47,11 @@ const InstructionSet* current = best();
 
 }  // namespace
 
-#define TK_FORWARD(op, Params)                                                                        \
+#define TK_FORWARD(op, Params)                                                                     \
   Status op(const Params& params, const Pool& pool) { return current->kernels->op(params, pool); } \
-  int64_t op##_scratch(const Params& params, int threads) { return current->kernels->op##_scratch(params, threads); }
+  int64_t op##_scratch(const Params& params, int threads) {                                        \
+    return current->kernels->op##_scratch(params, threads);                                        \
+  }
 TK_CPU_KERNELS(TK_FORWARD)
 #undef TK_FORWARD
 

@@ -6,7 +6,8 @@
 namespace tk::TK_ISA {
 namespace {
 
-// Outputs beyond this size leave the last-level cache before anyone reads them, so writing them need not fetch their lines first.
+// Outputs beyond this size leave the last-level cache before anyone reads them, so writing them
+// need not fetch their lines first.
 constexpr int64_t kStreamingBytes = int64_t{16} << 20;
 
 #if defined(__AVX512F__)

@@ -1,5 +1,6 @@
-// Vectors of float, as wide as the instruction set this file is compiled for; halves are widened on load, rounded on store.
-// Everything here is internal to one object file, so that code of a wider instruction set can never be linked for an older machine.
+// Vectors of float, as wide as the instruction set this file is compiled for; halves are widened on
+// load, rounded on store. Everything here is internal to one object file, so that code of a wider
+// instruction set can never be linked for an older machine.
 #pragma once
 
 #include <cstdint>
@@ -67,7 +68,9 @@ TK_INLINE Floats widen(__m256i bits, BFloat16) {
 
 TK_INLINE Floats widen(__m256i bits, Half) { return _mm512_cvtph_ps(bits); }
 
-TK_INLINE __m256i narrow(Floats value, Half) { return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
+TK_INLINE __m256i narrow(Floats value, Half) {
+  return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+}
 
 TK_INLINE __m256i narrow(Floats value, BFloat16) {
   const __m512i bits = reinterpret_cast<__m512i>(value);
@@ -89,14 +92,18 @@ TK_INLINE void store(T* to, Floats value) {
 }
 
 // The first `count` elements (0 ≤ count ≤ kLanes), zeros behind them.
-TK_INLINE Floats load(const float* from, int count) { return _mm512_maskz_loadu_ps(first(count), from); }
+TK_INLINE Floats load(const float* from, int count) {
+  return _mm512_maskz_loadu_ps(first(count), from);
+}
 
 template <class T>
 TK_INLINE Floats load(const T* from, int count) {
   return widen(_mm256_maskz_loadu_epi16(first(count), from), T{});
 }
 
-TK_INLINE void store(float* to, Floats value, int count) { _mm512_mask_storeu_ps(to, first(count), value); }
+TK_INLINE void store(float* to, Floats value, int count) {
+  _mm512_mask_storeu_ps(to, first(count), value);
+}
 
 template <class T>
 TK_INLINE void store(T* to, Floats value, int count) {
@@ -116,7 +123,8 @@ TK_INLINE Floats load(const Half* from) {
 }
 
 TK_INLINE void store(Half* to, Floats value) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
 }
 
 TK_INLINE void store(BFloat16* to, Floats value) {
@@ -165,7 +173,8 @@ TK_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
 TK_INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
 
-// The upper half of `width` lanes in the place of the lower; what lies in the others does not matter.
+// The upper half of `width` lanes in the place of the lower; what lies in the others does not
+// matter.
 template <int kWidth, class T>
 TK_INLINE T upper_half(T value) {
   Ints from = iota();
@@ -173,7 +182,8 @@ TK_INLINE T upper_half(T value) {
   return __builtin_shuffle(value, from);
 }
 
-// combine(lane i, lane i + width/2) for halving widths, in registers. Always the same tree: the same bits every time.
+// combine(lane i, lane i + width/2) for halving widths, in registers. Always the same tree: the
+// same bits every time.
 template <int kWidth = kLanes, class T, class Combine>
 TK_INLINE auto fold(T value, const Combine& combine) {
   if constexpr (kWidth == 1) {
@@ -198,7 +208,8 @@ TK_INLINE int32_t min(Ints value) {
 // e^x, relative error below 2 ulp; 0 below −87.34 (and for −inf), inf above 88.73, NaN for NaN.
 TK_INLINE Floats exp(Floats x) {
   const Floats clamped = max(min(x, splat(89.0f)), splat(-88.0f));
-  const Floats shifted = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5·2^23: rounds to an integer
+  const Floats shifted =
+      clamped * 1.44269504088896341f + 12582912.0f;  // 1.5·2^23: rounds to an integer
   const Floats power = shifted - 12582912.0f;
   const Floats r = (clamped - power * 0.693359375f) - power * -2.12194440e-4f;
   Floats p = splat(1.9875691500e-4f);
@@ -217,8 +228,11 @@ TK_INLINE Floats exp(Floats x) {
   return select(x != x, x, select(x < -87.33654475f, splat(0.0f), result));
 }
 
-// How many items make a range worth a thread of its own, when one costs about `cost` bytes moved or multiply-adds.
-TK_INLINE int64_t grain_of(int64_t cost) { return larger<int64_t>(1, (1 << 18) / larger<int64_t>(1, cost)); }
+// How many items make a range worth a thread of its own, when one costs about `cost` bytes moved or
+// multiply-adds.
+TK_INLINE int64_t grain_of(int64_t cost) {
+  return larger<int64_t>(1, (1 << 18) / larger<int64_t>(1, cost));
+}
 
 // Runs body(begin, end) over [0, count) on the binding's threads.
 template <class Body>
@@ -227,7 +241,9 @@ TK_INLINE void parallel_for(const Pool& pool, int64_t count, int64_t grain, cons
   if (count <= grain || pool.threads == 1) return body(int64_t{0}, count);
   pool.run(
       count, grain,
-      [](const void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); },
+      [](const void* context, int64_t begin, int64_t end) {
+        (*static_cast<const Body*>(context))(begin, end);
+      },
       &body);
 }
 

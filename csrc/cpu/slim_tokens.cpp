@@ -1,7 +1,8 @@
 // slim_tokens: M soft aggregates of N tokens, weighted by a small network of the tokens themselves.
 //
-// The tokens of an image pass by in tiles: layer norm, projection, GELU and logits of a tile stay in cache. Softmax and
-// aggregation follow once a segment's logits are complete; further segments are joined by running maxima and denominators.
+// The tokens of an image pass by in tiles: layer norm, projection, GELU and logits of a tile stay
+// in cache. Softmax and aggregation follow once a segment's logits are complete; further segments
+// are joined by running maxima and denominators.
 #include "cpu/slim_tokens.h"
 
 namespace tk::TK_ISA {
@@ -11,7 +12,8 @@ constexpr int64_t kTileTokens = 96;
 constexpr int64_t kSegmentFloats = int64_t{1} << 20;  // logits and values of one segment: 4 MiB
 constexpr int64_t kScratchBytes = int64_t{32} << 20;
 
-// Tokens whose logits are complete before the softmax looks at them: a function of the shape of one image.
+// Tokens whose logits are complete before the softmax looks at them: a function of the shape of one
+// image.
 int64_t segment_tokens(const SlimTokens& p) {
   return smaller(p.tokens, larger<int64_t>(kSegmentFloats / (p.slots + p.channels), kTileTokens));
 }
@@ -25,7 +27,8 @@ struct TileBuffers {
 
 TileBuffers take_tile(const SlimTokens& p, Arena& arena) {
   const int64_t rows = smaller(p.tokens, kTileTokens);
-  return {arena.floats(rows * p.channels), arena.floats(rows * p.hidden), arena.floats(stage_size(p, rows))};
+  return {arena.floats(rows * p.channels), arena.floats(rows * p.hidden),
+          arena.floats(stage_size(p, rows))};
 }
 
 // What one image needs on its way. Slots are padded to whole vectors.
@@ -43,7 +46,8 @@ ImageBuffers take_image(const SlimTokens& p, Arena& arena) {
           arena.floats(p.slots * p.channels), arena.floats(slots), arena.floats(slots)};
 }
 
-// Workers take whole images where there are enough of them; otherwise all share the tiles and slots of one image at a time.
+// Workers take whole images where there are enough of them; otherwise all share the tiles and slots
+// of one image at a time.
 struct Plan {
   bool by_image;
   int64_t workers;
@@ -76,8 +80,8 @@ struct Scratch {
 
 // The logits of tokens [begin, end) of the segment that starts at `first`.
 template <class T>
-void route(const SlimTokens& p, const Weights& w, int64_t b, int64_t first, int64_t begin, int64_t end,
-           const TileBuffers& tile, const ImageBuffers& image) {
+void route(const SlimTokens& p, const Weights& w, int64_t b, int64_t first, int64_t begin,
+           int64_t end, const TileBuffers& tile, const ImageBuffers& image) {
   const int64_t rows = end - begin;
   auto* normal = reinterpret_cast<Operand<T>*>(tile.normal);
   for (int64_t i = 0; i < rows; ++i) {
@@ -92,16 +96,20 @@ void route(const SlimTokens& p, const Weights& w, int64_t b, int64_t first, int6
                  image.logits + begin * slot_stride(p), tile.stage);
 }
 
-// Channels [begin, end), whole panels of them, of the segment's `count` tokens, as the right side of the aggregation.
+// Channels [begin, end), whole panels of them, of the segment's `count` tokens, as the right side
+// of the aggregation.
 template <class T>
-void pack_values(const SlimTokens& p, int64_t b, int64_t first, int64_t count, int64_t begin, int64_t end,
-                 const ImageBuffers& image) {
-  Product<T>::pack(token<T>(p, b, first) + begin, p.x_token, 1, count, smaller(end, p.channels) - begin,
+void pack_values(const SlimTokens& p, int64_t b, int64_t first, int64_t count, int64_t begin,
+                 int64_t end, const ImageBuffers& image) {
+  Product<T>::pack(token<T>(p, b, first) + begin, p.x_token, 1, count,
+                   smaller(end, p.channels) - begin,
                    image.values + begin * Product<T>::Kind::words(count));
 }
 
-// One vector of slots: logits become numerators relative to the running maxima. Returns what earlier sums shrink by.
-Floats softmax_over_tokens(const SlimTokens& p, const ImageBuffers& image, int64_t count, int64_t m, bool first) {
+// One vector of slots: logits become numerators relative to the running maxima. Returns what
+// earlier sums shrink by.
+Floats softmax_over_tokens(const SlimTokens& p, const ImageBuffers& image, int64_t count, int64_t m,
+                           bool first) {
   const int64_t slots = slot_stride(p);
   const Floats before = first ? splat(-__builtin_inff()) : load(image.maxima + m);
   Floats maximum = before;
@@ -115,13 +123,16 @@ Floats softmax_over_tokens(const SlimTokens& p, const ImageBuffers& image, int64
   }
   const Floats shrink = first ? splat(0.0f) : exp(before - maximum);
   store(image.maxima + m, maximum);
-  store(image.denominators + m, first ? denominator : load(image.denominators + m) * shrink + denominator);
+  store(image.denominators + m,
+        first ? denominator : load(image.denominators + m) * shrink + denominator);
   return shrink;
 }
 
-// Slots [begin, end), whole vectors of them: softmax over the segment's tokens, then the weighted sum of their values.
+// Slots [begin, end), whole vectors of them: softmax over the segment's tokens, then the weighted
+// sum of their values.
 template <class T>
-void aggregate(const SlimTokens& p, const ImageBuffers& image, int64_t count, int64_t begin, int64_t end, bool first) {
+void aggregate(const SlimTokens& p, const ImageBuffers& image, int64_t count, int64_t begin,
+               int64_t end, bool first) {
   for (int64_t m = begin; m < end; m += kLanes) {
     const Floats shrink = softmax_over_tokens(p, image, count, m, first);
     for (int i = 0; !first && i < kLanes && m + i < p.slots; ++i) {
@@ -134,8 +145,9 @@ void aggregate(const SlimTokens& p, const ImageBuffers& image, int64_t count, in
   using Kind = typename Product<T>::Kind;
   const int64_t rows = smaller(end, p.slots) - begin, slots = slot_stride(p);
   float* numerators = image.logits + begin;
-  multiply<Kind>(Product<T>::columns(numerators, slots, count, rows, numerators, slots), image.values, rows, p.channels,
-                 Kind::words(count), image.sums + begin * p.channels, p.channels, !first);
+  multiply<Kind>(Product<T>::columns(numerators, slots, count, rows, numerators, slots),
+                 image.values, rows, p.channels, Kind::words(count),
+                 image.sums + begin * p.channels, p.channels, !first);
 }
 
 // Slots [begin, end): divides by the denominators, rounds, writes.
@@ -153,7 +165,8 @@ void finish(const SlimTokens& p, int64_t b, const ImageBuffers& image, int64_t b
 }
 
 template <class T>
-void whole_image(const SlimTokens& p, const Weights& w, int64_t b, const TileBuffers& tile, const ImageBuffers& image) {
+void whole_image(const SlimTokens& p, const Weights& w, int64_t b, const TileBuffers& tile,
+                 const ImageBuffers& image) {
   const int64_t segment = segment_tokens(p);
   for (int64_t first = 0; first < p.tokens; first += segment) {
     const int64_t count = smaller(p.tokens - first, segment), tiles = ceil_div(count, kTileTokens);
@@ -168,13 +181,15 @@ void whole_image(const SlimTokens& p, const Weights& w, int64_t b, const TileBuf
 
 // The same sums in the same order as `whole_image`: neither tiles nor blocks of slots change a bit.
 template <class T>
-void shared_image(const SlimTokens& p, const Plan& plan, const Scratch& scratch, int64_t b, const Pool& pool) {
+void shared_image(const SlimTokens& p, const Plan& plan, const Scratch& scratch, int64_t b,
+                  const Pool& pool) {
   const ImageBuffers image = scratch.image(p, plan, 0);
   const int64_t segment = segment_tokens(p), vectors = ceil_div(p.slots, kLanes);
   const int64_t blocks = smaller(vectors, 2 * plan.workers);
   for (int64_t first = 0; first < p.tokens; first += segment) {
     const int64_t count = smaller(p.tokens - first, segment);
-    const int64_t tiles = larger(ceil_div(count, kTileTokens), smaller(2 * plan.workers, ceil_div(count, kTileRows)));
+    const int64_t tiles =
+        larger(ceil_div(count, kTileTokens), smaller(2 * plan.workers, ceil_div(count, kTileRows)));
     const int64_t panels = ceil_div(p.channels, kTileCols), packs = smaller(panels, plan.workers);
     share(pool, plan.workers, tiles + packs, [&](int64_t worker, int64_t i) {
       if (i < tiles) {
@@ -186,7 +201,8 @@ void shared_image(const SlimTokens& p, const Plan& plan, const Scratch& scratch,
       }
     });
     share(pool, plan.workers, blocks, [&](int64_t, int64_t i) {
-      const int64_t begin = part(vectors, i, blocks) * kLanes, end = part(vectors, i + 1, blocks) * kLanes;
+      const int64_t begin = part(vectors, i, blocks) * kLanes,
+                    end = part(vectors, i + 1, blocks) * kLanes;
       aggregate<T>(p, image, count, begin, end, first == 0);
       if (first + count == p.tokens) finish<T>(p, b, image, begin, end);
     });
@@ -211,7 +227,8 @@ Status slim_tokens(const SlimTokens& p, const Pool& pool) {
     pack_weights<T>(p, scratch.weights);
     if (plan.by_image) {
       share(pool, plan.workers, p.batch, [&](int64_t worker, int64_t b) {
-        whole_image<T>(p, scratch.weights, b, scratch.tile(p, plan, worker), scratch.image(p, plan, worker));
+        whole_image<T>(p, scratch.weights, b, scratch.tile(p, plan, worker),
+                       scratch.image(p, plan, worker));
       });
     } else {
       for (int64_t b = 0; b < p.batch; ++b) shared_image<T>(p, plan, scratch, b, pool);

@@ -1,4 +1,5 @@
-// What the forward and the backward pass of slim_tokens share: scratch, packed weights, layer norm, the hidden layer of a tile.
+// What the forward and the backward pass of slim_tokens share: scratch, packed weights, layer norm,
+// the hidden layer of a tile.
 #pragma once
 
 #include "cpu/gelu.h"
@@ -10,7 +11,8 @@ namespace {
 
 TK_INLINE int64_t round_up(int64_t value, int64_t unit) { return ceil_div(value, unit) * unit; }
 
-// Deals out arrays from a block of memory aligned to 64 bytes. From a null pointer it only counts what would be `used`.
+// Deals out arrays from a block of memory aligned to 64 bytes. From a null pointer it only counts
+// what would be `used`.
 struct Arena {
   char* base;
   int64_t used = 0;
@@ -69,7 +71,8 @@ struct Weights {
 
 static Weights take_weights(const SlimTokens& p, Arena& arena) {
   return {arena.floats(p.channels), arena.floats(p.channels), arena.floats(p.hidden),
-          arena.floats(packed_size(p.channels, p.hidden)), arena.floats(packed_size(p.hidden, p.slots))};
+          arena.floats(packed_size(p.channels, p.hidden)),
+          arena.floats(packed_size(p.hidden, p.slots))};
 }
 
 template <class T>
@@ -86,7 +89,8 @@ static int64_t stage_size(const SlimTokens& p, int64_t rows) {
   return p.dtype == DType::kFloat32 ? 0 : Product<BFloat16>::stage(rows);
 }
 
-// Of one token's channels. `rest` is what `mean` lost by rounding: far from the origin it is not small.
+// Of one token's channels. `rest` is what `mean` lost by rounding: far from the origin it is not
+// small.
 struct Moments {
   float mean, rest, rstd;
 
@@ -102,7 +106,8 @@ Moments layer_norm(const SlimTokens& p, const Weights& w, const T* from, Operand
   const float mean = sum(total) / channels;
   Floats rests{}, squares{};
   for_vectors(p.channels, [&](int64_t c, int count) {
-    const Floats centred = select(iota() < splat_int(count), load_some(from + c, count) - mean, splat(0.0f));
+    const Floats centred =
+        select(iota() < splat_int(count), load_some(from + c, count) - mean, splat(0.0f));
     rests += centred;
     squares += centred * centred;
   });
@@ -111,7 +116,9 @@ Moments layer_norm(const SlimTokens& p, const Weights& w, const T* from, Operand
   const Moments moments = {mean, rest, 1.0f / __builtin_sqrtf(variance + p.eps)};
   for_vectors(p.channels, [&](int64_t c, int count) {
     const Floats standard = moments.standard(load_some(from + c, count));
-    store_some(to + c, standard * load_some(w.norm_weight + c, count) + load_some(w.norm_bias + c, count), count);
+    store_some(to + c,
+               standard * load_some(w.norm_weight + c, count) + load_some(w.norm_bias + c, count),
+               count);
   });
   return moments;
 }
@@ -123,8 +130,10 @@ TK_INLINE const T* token(const SlimTokens& p, int64_t image, int64_t n) {
 
 // projected (rows, H) = normal (rows, C) · w1ᵀ + b1
 template <class T>
-void project(const SlimTokens& p, const Weights& w, const Operand<T>* normal, int64_t rows, float* projected, float* stage) {
-  Product<Operand<T>>::multiply_rows(normal, p.channels, w.w1, rows, p.hidden, p.channels, projected, p.hidden, false, stage);
+void project(const SlimTokens& p, const Weights& w, const Operand<T>* normal, int64_t rows,
+             float* projected, float* stage) {
+  Product<Operand<T>>::multiply_rows(normal, p.channels, w.w1, rows, p.hidden, p.channels,
+                                     projected, p.hidden, false, stage);
   for (int64_t i = 0; i < rows; ++i) {
     float* row = projected + i * p.hidden;
     for_vectors(p.hidden, [&](int64_t j, int count) {
@@ -133,18 +142,22 @@ void project(const SlimTokens& p, const Weights& w, const Operand<T>* normal, in
   }
 }
 
-// logits (rows, M) = scale · GELU(projected) · w2ᵀ. The scale is stored with them: whoever reads a logit reads the same bits.
+// logits (rows, M) = scale · GELU(projected) · w2ᵀ. The scale is stored with them: whoever reads a
+// logit reads the same bits.
 template <class T>
-void score_slots(const SlimTokens& p, const Weights& w, const float* projected, int64_t rows, Operand<T>* hidden,
-                 float* logits, float* stage) {
+void score_slots(const SlimTokens& p, const Weights& w, const float* projected, int64_t rows,
+                 Operand<T>* hidden, float* logits, float* stage) {
   for_vectors(rows * p.hidden, [&](int64_t i, int lanes) {
     store_some(hidden + i, gelu(load_some(projected + i, lanes)), lanes);
   });
   const int64_t slots = slot_stride(p);
-  Product<Operand<T>>::multiply_rows(hidden, p.hidden, w.w2, rows, p.slots, p.hidden, logits, slots, false, stage);
+  Product<Operand<T>>::multiply_rows(hidden, p.hidden, w.w2, rows, p.slots, p.hidden, logits, slots,
+                                     false, stage);
   for (int64_t i = 0; i < rows; ++i) {
     float* row = logits + i * slots;
-    for_vectors(p.slots, [&](int64_t m, int lanes) { store_some(row + m, load_some(row + m, lanes) * p.scale, lanes); });
+    for_vectors(p.slots, [&](int64_t m, int lanes) {
+      store_some(row + m, load_some(row + m, lanes) * p.scale, lanes);
+    });
   }
 }
 
@@ -154,7 +167,8 @@ TK_INLINE void share(const Pool& pool, int64_t workers, int64_t count, const Bod
   int64_t ticket = 0;
   parallel_for(pool, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t i; (i = __atomic_fetch_add(&ticket, 1, __ATOMIC_RELAXED)) < count;) body(worker, i);
+      for (int64_t i; (i = __atomic_fetch_add(&ticket, 1, __ATOMIC_RELAXED)) < count;)
+        body(worker, i);
     }
   });
 }

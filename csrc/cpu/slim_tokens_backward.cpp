@@ -1,8 +1,9 @@
 // The gradients of slim_tokens: a tile of tokens at a time, every product on float32 in cache.
 //
-// The gradient of a softmax needs one sum over all tokens of the image; where they are more than a tile, it is made beforehand. The
-// gradients of the weights are sums over all tiles: each of at most kSplits runs of tiles gathers its own, and these are added in
-// order, so that the bits do not depend on the threads.
+// The gradient of a softmax needs one sum over all tokens of the image; where they are more than a
+// tile, it is made beforehand. The gradients of the weights are sums over all tiles: each of at
+// most kSplits runs of tiles gathers its own, and these are added in order, so that the bits do not
+// depend on the threads.
 #include "cpu/slim_tokens.h"
 
 namespace tk::TK_ISA {
@@ -13,16 +14,16 @@ constexpr int64_t kSplits = 16;
 
 // What a worker needs for one tile of `rows` tokens and for the image that it belongs to.
 struct Workspace {
-  float* normal;           // (rows, C) after the layer norm, operands; then its gradient
-  float* normal_packed;    // packed (rows, C)
-  float* values_grad;      // (rows, C): the gradient that reaches a token as a value
-  float* projected;        // (rows, H); then its gradient, read by columns
-  float* hidden;           // (rows, H) after the GELU, operands
-  float* hidden_packed;    // packed (rows, H)
-  float* hidden_grad;      // (rows, H): gradient after the GELU, then before it
-  float* weights;          // (rows, M): logits, then softmax weights, then the shares read by columns
-  float* shares;           // (rows, M): gradient of the weights, then of the logits
-  Moments* moments;        // (rows)
+  float* normal;         // (rows, C) after the layer norm, operands; then its gradient
+  float* normal_packed;  // packed (rows, C)
+  float* values_grad;    // (rows, C): the gradient that reaches a token as a value
+  float* projected;      // (rows, H); then its gradient, read by columns
+  float* hidden;         // (rows, H) after the GELU, operands
+  float* hidden_packed;  // packed (rows, H)
+  float* hidden_grad;    // (rows, H): gradient after the GELU, then before it
+  float* weights;        // (rows, M): logits, then softmax weights, then the shares read by columns
+  float* shares;         // (rows, M): gradient of the weights, then of the logits
+  Moments* moments;      // (rows)
   float* grad_by_channel;  // packed (C, M): the image's output gradient, for x · gradᵀ
   float* grad_by_slot;     // packed (M, C): the same, for weights · grad
   float* stage;
@@ -64,8 +65,8 @@ Workspace take_workspace(const SlimTokens& p, int64_t rows, Arena& arena) {
 }
 
 Sums take_sums(const SlimTokens& p, Arena& arena) {
-  return {arena.floats(p.hidden * p.channels), arena.floats(p.slots * p.hidden), arena.floats(p.hidden),
-          arena.floats(p.channels), arena.floats(p.channels)};
+  return {arena.floats(p.hidden * p.channels), arena.floats(p.slots * p.hidden),
+          arena.floats(p.hidden), arena.floats(p.channels), arena.floats(p.channels)};
 }
 
 Plan plan_for(const SlimTokens& p) {
@@ -79,9 +80,10 @@ Plan plan_for(const SlimTokens& p) {
 // The scratch of one call. The second w1 and w2 are for the products that lead back.
 struct Scratch {
   Weights weights;
-  float* w1;  // packed (H, C)
-  float* w2;  // packed (M, H)
-  float* totals;  // (B, tiles, 2, M): over a tile's tokens, the sum of their weights, and of their weighted shares
+  float* w1;      // packed (H, C)
+  float* w2;      // packed (M, H)
+  float* totals;  // (B, tiles, 2, M): over a tile's tokens, the sum of their weights, and of their
+                  // weighted shares
   char *workspaces, *sums;
 };
 
@@ -101,7 +103,8 @@ Sums sums_of(const SlimTokens& p, const Plan& plan, const Scratch& scratch, int6
   return take_sums(p, arena);
 }
 
-Workspace workspace_of(const SlimTokens& p, const Plan& plan, const Scratch& scratch, int64_t worker) {
+Workspace workspace_of(const SlimTokens& p, const Plan& plan, const Scratch& scratch,
+                       int64_t worker) {
   Arena arena{scratch.workspaces + worker * plan.workspace_bytes};
   return take_workspace(p, plan.rows, arena);
 }
@@ -115,26 +118,31 @@ void enter_image(const SlimTokensBackward& q, int64_t b, const Workspace& w) {
 }
 
 template <class T>
-void normalise(const SlimTokens& p, const Scratch& s, int64_t b, int64_t first, int64_t rows, const Workspace& w) {
+void normalise(const SlimTokens& p, const Scratch& s, int64_t b, int64_t first, int64_t rows,
+               const Workspace& w) {
   for (int64_t i = 0; i < rows; ++i) {
     w.moments[i] = layer_norm(p, s.weights, token<T>(p, b, first + i),
                               reinterpret_cast<Operand<T>*>(w.normal) + i * p.channels);
   }
 }
 
-// The forward pass of a normalised tile once more, up to the logits; and what each weight's gradient is.
+// The forward pass of a normalised tile once more, up to the logits; and what each weight's
+// gradient is.
 template <class T>
-void score(const SlimTokens& p, const Scratch& s, int64_t b, int64_t first, int64_t rows, const Workspace& w) {
+void score(const SlimTokens& p, const Scratch& s, int64_t b, int64_t first, int64_t rows,
+           const Workspace& w) {
   const int64_t slots = slot_stride(p);
   if (p.projected != nullptr) {
     std::memcpy(w.projected, p.projected + (b * p.tokens + first) * p.hidden,
                 static_cast<size_t>(rows * p.hidden) * sizeof(float));
   } else {
-    project<T>(p, s.weights, reinterpret_cast<const Operand<T>*>(w.normal), rows, w.projected, w.stage);
+    project<T>(p, s.weights, reinterpret_cast<const Operand<T>*>(w.normal), rows, w.projected,
+               w.stage);
   }
-  score_slots<T>(p, s.weights, w.projected, rows, reinterpret_cast<Operand<T>*>(w.hidden), w.weights, w.stage);
-  Product<T>::multiply_rows(token<T>(p, b, first), p.x_token, w.grad_by_channel, rows, p.slots, p.channels, w.shares, slots,
-                            false, w.stage);
+  score_slots<T>(p, s.weights, w.projected, rows, reinterpret_cast<Operand<T>*>(w.hidden),
+                 w.weights, w.stage);
+  Product<T>::multiply_rows(token<T>(p, b, first), p.x_token, w.grad_by_channel, rows, p.slots,
+                            p.channels, w.shares, slots, false, w.stage);
 }
 
 TK_INLINE Floats weight_of(const float* logits, const float* lse, int lanes) {
@@ -156,9 +164,10 @@ void sum_shares(const SlimTokens& p, int64_t b, int64_t rows, const Workspace& w
   });
 }
 
-// From the logits to the softmax weights, and from their shares to the gradient of the logits. The weights are divided by their sum
-// once more: a large `lse` is too coarse to make it one.
-void softmax_backward(const SlimTokens& p, const Plan& plan, int64_t b, int64_t rows, const Scratch& s, const Workspace& w) {
+// From the logits to the softmax weights, and from their shares to the gradient of the logits. The
+// weights are divided by their sum once more: a large `lse` is too coarse to make it one.
+void softmax_backward(const SlimTokens& p, const Plan& plan, int64_t b, int64_t rows,
+                      const Scratch& s, const Workspace& w) {
   const int64_t slots = slot_stride(p);
   for_vectors(p.slots, [&](int64_t m, int lanes) {
     Floats total{}, mean{};
@@ -178,7 +187,8 @@ void softmax_backward(const SlimTokens& p, const Plan& plan, int64_t b, int64_t 
   });
 }
 
-// hidden_grad holds the gradient after the GELU, but for the scale; here it becomes that before the GELU.
+// hidden_grad holds the gradient after the GELU, but for the scale; here it becomes that before the
+// GELU.
 void gelu_backward(const SlimTokens& p, int64_t rows, const Workspace& w, const Sums& sums) {
   for_vectors(p.hidden, [&](int64_t j, int lanes) {
     Floats total = load_some(sums.b1 + j, lanes);
@@ -195,8 +205,8 @@ void gelu_backward(const SlimTokens& p, int64_t rows, const Workspace& w, const 
 
 // One token: the gradient that comes through its layer norm, and that of its value, into grad_x.
 template <class T>
-void norm_backward(const SlimTokens& p, const Weights& weights, const T* x, const Moments& moments, const float* normal_grad,
-                   const float* values_grad, const Sums& sums, T* to) {
+void norm_backward(const SlimTokens& p, const Weights& weights, const T* x, const Moments& moments,
+                   const float* normal_grad, const float* values_grad, const Sums& sums, T* to) {
   Floats total{}, along{};
   for_vectors(p.channels, [&](int64_t c, int lanes) {
     const Floats grad = load_some(normal_grad + c, lanes);
@@ -204,14 +214,16 @@ void norm_backward(const SlimTokens& p, const Weights& weights, const T* x, cons
     const Floats scaled = grad * load_some(weights.norm_weight + c, lanes);
     total += scaled;
     along += scaled * standard;
-    store_some(sums.norm_weight + c, load_some(sums.norm_weight + c, lanes) + grad * standard, lanes);
+    store_some(sums.norm_weight + c, load_some(sums.norm_weight + c, lanes) + grad * standard,
+               lanes);
     store_some(sums.norm_bias + c, load_some(sums.norm_bias + c, lanes) + grad, lanes);
   });
   const auto channels = static_cast<float>(p.channels);
   const float mean = sum(total) / channels, slope = sum(along) / channels;
   for_vectors(p.channels, [&](int64_t c, int lanes) {
     const Floats standard = moments.standard(load_some(x + c, lanes));
-    const Floats scaled = load_some(normal_grad + c, lanes) * load_some(weights.norm_weight + c, lanes);
+    const Floats scaled =
+        load_some(normal_grad + c, lanes) * load_some(weights.norm_weight + c, lanes);
     const Floats through_norm = (scaled - mean - standard * slope) * moments.rstd;
     store_some(to + c, load_some(values_grad + c, lanes) + through_norm, lanes);
   });
@@ -226,41 +238,48 @@ Item item_at(const SlimTokens& p, const Plan& plan, int64_t item) {
   return {item / plan.tiles, number, first, part(p.tokens, number + 1, plan.tiles) - first};
 }
 
-float* totals_of(const SlimTokens& p, const Scratch& s, int64_t item) { return s.totals + item * 2 * slot_stride(p); }
+float* totals_of(const SlimTokens& p, const Scratch& s, int64_t item) {
+  return s.totals + item * 2 * slot_stride(p);
+}
 
 // From the gradient of the logits to those of w2, b1, w1 and of what the layer norm gave.
 template <class T>
-void hidden_backward(const SlimTokens& p, const Scratch& s, int64_t rows, bool fresh, const Workspace& w, const Sums& sums) {
+void hidden_backward(const SlimTokens& p, const Scratch& s, int64_t rows, bool fresh,
+                     const Workspace& w, const Sums& sums) {
   using Kind = typename Product<T>::Kind;
   using Side = Product<T>;
-  const int64_t slots = slot_stride(p), channels = p.channels, hidden = p.hidden, words = Kind::words(rows);
-  multiply<Kind>(Side::columns(w.shares, slots, rows, p.slots, w.weights, slots), w.hidden_packed, p.slots, hidden, words,
-                 sums.w2, hidden, !fresh);
-  multiply<Kind>(Side::rows(w.shares, slots, rows, p.slots, w.shares, slots), s.w2, rows, hidden, Kind::words(p.slots),
-                 w.hidden_grad, hidden, false);
+  const int64_t slots = slot_stride(p), channels = p.channels, hidden = p.hidden,
+                words = Kind::words(rows);
+  multiply<Kind>(Side::columns(w.shares, slots, rows, p.slots, w.weights, slots), w.hidden_packed,
+                 p.slots, hidden, words, sums.w2, hidden, !fresh);
+  multiply<Kind>(Side::rows(w.shares, slots, rows, p.slots, w.shares, slots), s.w2, rows, hidden,
+                 Kind::words(p.slots), w.hidden_grad, hidden, false);
   gelu_backward(p, rows, w, sums);
-  multiply<Kind>(Side::columns(w.hidden_grad, hidden, rows, hidden, w.projected, hidden), w.normal_packed, hidden, channels,
-                 words, sums.w1, channels, !fresh);
-  multiply<Kind>(Side::rows(w.hidden_grad, hidden, rows, hidden, w.hidden_grad, hidden), s.w1, rows, channels,
-                 Kind::words(hidden), w.normal, channels, false);
+  multiply<Kind>(Side::columns(w.hidden_grad, hidden, rows, hidden, w.projected, hidden),
+                 w.normal_packed, hidden, channels, words, sums.w1, channels, !fresh);
+  multiply<Kind>(Side::rows(w.hidden_grad, hidden, rows, hidden, w.hidden_grad, hidden), s.w1, rows,
+                 channels, Kind::words(hidden), w.normal, channels, false);
 }
 
 // `fresh`: the first tile of its run, whose products begin the sums.
 template <class T>
-void tile_backward(const SlimTokensBackward& q, const Plan& plan, const Scratch& s, int64_t item, bool fresh,
-                   const Workspace& w, const Sums& sums) {
+void tile_backward(const SlimTokensBackward& q, const Plan& plan, const Scratch& s, int64_t item,
+                   bool fresh, const Workspace& w, const Sums& sums) {
   using Kind = typename Product<T>::Kind;
   const SlimTokens& p = q.forward;
   const auto [b, number, first, rows] = item_at(p, plan, item);
   const int64_t slots = slot_stride(p);
   normalise<T>(p, s, b, first, rows, w);
   score<T>(p, s, b, first, rows, w);
-  Product<Operand<T>>::pack(reinterpret_cast<Operand<T>*>(w.normal), p.channels, 1, rows, p.channels, w.normal_packed);
-  Product<Operand<T>>::pack(reinterpret_cast<Operand<T>*>(w.hidden), p.hidden, 1, rows, p.hidden, w.hidden_packed);
+  Product<Operand<T>>::pack(reinterpret_cast<Operand<T>*>(w.normal), p.channels, 1, rows,
+                            p.channels, w.normal_packed);
+  Product<Operand<T>>::pack(reinterpret_cast<Operand<T>*>(w.hidden), p.hidden, 1, rows, p.hidden,
+                            w.hidden_packed);
   if (plan.tiles == 1) sum_shares(p, b, rows, w, totals_of(p, s, item));
   softmax_backward(p, plan, b, rows, s, w);
-  multiply<Kind>(Product<T>::rows(w.weights, slots, rows, p.slots, w.weights, slots), w.grad_by_slot, rows, p.channels,
-                 Kind::words(p.slots), w.values_grad, p.channels, false);
+  multiply<Kind>(Product<T>::rows(w.weights, slots, rows, p.slots, w.weights, slots),
+                 w.grad_by_slot, rows, p.channels, Kind::words(p.slots), w.values_grad, p.channels,
+                 false);
   hidden_backward<T>(p, s, rows, fresh, w, sums);
   for (int64_t i = 0; i < rows; ++i) {
     norm_backward(p, s.weights, token<T>(p, b, first + i), w.moments[i], w.normal + i * p.channels,
@@ -270,7 +289,8 @@ void tile_backward(const SlimTokensBackward& q, const Plan& plan, const Scratch&
 }
 
 template <class T>
-void run_of_tiles(const SlimTokensBackward& q, const Plan& plan, const Scratch& s, int64_t split, const Workspace& w) {
+void run_of_tiles(const SlimTokensBackward& q, const Plan& plan, const Scratch& s, int64_t split,
+                  const Workspace& w) {
   const SlimTokens& p = q.forward;
   const Sums sums = sums_of(p, plan, s, split);
   std::memset(sums.b1, 0, static_cast<size_t>(p.hidden) * sizeof(float));
@@ -286,7 +306,8 @@ void run_of_tiles(const SlimTokensBackward& q, const Plan& plan, const Scratch& 
 
 // Where images have several tiles: the sums that the softmax's gradient needs.
 template <class T>
-void sum_all_shares(const SlimTokensBackward& q, const Plan& plan, const Scratch& s, int64_t workers, const Pool& pool) {
+void sum_all_shares(const SlimTokensBackward& q, const Plan& plan, const Scratch& s,
+                    int64_t workers, const Pool& pool) {
   const SlimTokens& p = q.forward;
   share(pool, workers, p.batch * plan.tiles, [&](int64_t worker, int64_t item) {
     const Workspace w = workspace_of(p, plan, s, worker);
@@ -306,7 +327,8 @@ void add_runs(const Plan& plan, const float* sums, int64_t count, void* to, cons
     for_vectors(smaller(end * kLanes, count) - begin * kLanes, [&](int64_t i, int lanes) {
       const int64_t at = begin * kLanes + i;
       Floats total = load_some(sums + at, lanes);
-      for (int64_t split = 1; split < plan.splits; ++split) total += load_some(sums + split * stride + at, lanes);
+      for (int64_t split = 1; split < plan.splits; ++split)
+        total += load_some(sums + split * stride + at, lanes);
       store_some(static_cast<T*>(to) + at, total, lanes);
     });
   });
@@ -330,7 +352,8 @@ void part_scale(const SlimTokensBackward& q, const float* product_grad) {
 }
 
 template <class T>
-void backward(const SlimTokensBackward& q, const Plan& plan, const Scratch& s, int64_t workers, const Pool& pool) {
+void backward(const SlimTokensBackward& q, const Plan& plan, const Scratch& s, int64_t workers,
+              const Pool& pool) {
   const SlimTokens& p = q.forward;
   pack_weights<T>(p, s.weights);
   Product<T>::pack(static_cast<const T*>(p.w1), p.w1_row, 1, p.hidden, p.channels, s.w1);
@@ -355,7 +378,8 @@ Status slim_tokens_backward(const SlimTokensBackward& q, const Pool& pool) {
   const int64_t workers = smaller<int64_t>(pool.threads, plan.splits);
   Arena arena{static_cast<char*>(q.scratch)};
   const Scratch scratch = take_scratch(q.forward, plan, workers, arena);
-  dispatch(q.forward.dtype, [&](auto zero) { backward<decltype(zero)>(q, plan, scratch, workers, pool); });
+  dispatch(q.forward.dtype,
+           [&](auto zero) { backward<decltype(zero)>(q, plan, scratch, workers, pool); });
   return Status::kOk;
 }
 

@@ -16,7 +16,8 @@ TK_INLINE int64_t offset_of(const TokenRows& x, int64_t row, int64_t group) {
 }
 
 // `count` elements, `stride` apart, widened.
-TK_INLINE void read_row(const void* data, DType dtype, int64_t offset, int64_t stride, int64_t count, float* to) {
+TK_INLINE void read_row(const void* data, DType dtype, int64_t offset, int64_t stride,
+                        int64_t count, float* to) {
   dispatch(dtype, [&](auto zero) {
     const auto* from = static_cast<const decltype(zero)*>(data) + offset;
     if (stride != 1) {
@@ -25,7 +26,8 @@ TK_INLINE void read_row(const void* data, DType dtype, int64_t offset, int64_t s
     }
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
-    if (i < count) store(to + i, load(from + i, static_cast<int>(count - i)), static_cast<int>(count - i));
+    if (i < count)
+      store(to + i, load(from + i, static_cast<int>(count - i)), static_cast<int>(count - i));
   });
 }
 

@@ -1,4 +1,5 @@
-// fill: a constant into every element, the smallest real kernel: it proves that a build carries working code for the GPU at hand.
+// fill: a constant into every element, the smallest real kernel: it proves that a build carries
+// working code for the GPU at hand.
 #include "cuda/launch.cuh"
 
 namespace tk {

@@ -11,7 +11,9 @@ constexpr int kThreads = 256;
 template <class Body>
 __device__ void for_each(int64_t count, const Body& body) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) body(i);
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += step)
+    body(i);
 }
 
 // Launches `kernel` with about one thread per element; nullptr, or what went wrong in words.

@@ -4,7 +4,8 @@
 namespace tk::bind {
 namespace {
 
-py::tuple accumulate_codes_numpy(const array& x_in, const array& index_in, int64_t codes, bool grouped) {
+py::tuple accumulate_codes_numpy(const array& x_in, const array& index_in, int64_t codes,
+                                 bool grouped) {
   const array x = elements(x_in), index = array::ensure(index_in, array::c_style);
   AccumulateCodes p{};
   p.x = rows_of(x, grouped, "accumulate_codes");
@@ -24,7 +25,8 @@ py::tuple accumulate_codes_numpy(const array& x_in, const array& index_in, int64
     const py::gil_scoped_release release;
     status = accumulate_codes(p, pool());
   }
-  check(status, "accumulate_codes", "index: allowed -1 … K−1 (-1: counted nowhere), got something else");
+  check(status, "accumulate_codes",
+        "index: allowed -1 … K−1 (-1: counted nowhere), got something else");
   return py::make_tuple(counts, sums);
 }
 

@@ -12,7 +12,8 @@ inline Matrices matrices_of(const array& a) {
 
 // None becomes an array of no dimensions.
 inline array elements_or_none(const py::object& values) {
-  return values.is_none() ? array(py::dtype::of<bool>(), std::vector<py::ssize_t>{}) : elements(py::cast<array>(values));
+  return values.is_none() ? array(py::dtype::of<bool>(), std::vector<py::ssize_t>{})
+                          : elements(py::cast<array>(values));
 }
 
 template <class T>

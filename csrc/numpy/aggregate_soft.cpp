@@ -5,8 +5,8 @@ namespace tk::bind {
 namespace {
 
 // bias: float32 or None; mask: bool or None. Returns (tokens, weights or None).
-py::tuple aggregate_soft_numpy(array query, array key, array value, const py::object& bias_or_none, const py::object& mask_or_none,
-                               float scale, bool return_weights) {
+py::tuple aggregate_soft_numpy(array query, array key, array value, const py::object& bias_or_none,
+                               const py::object& mask_or_none, float scale, bool return_weights) {
   const array bias = elements_or_none(bias_or_none), mask = elements_or_none(mask_or_none);
   query = rows_contiguous(query);
   key = rows_contiguous(key);

@@ -5,7 +5,8 @@ namespace tk::bind {
 namespace {
 
 // Results that were not asked for are None.
-py::tuple assign_nearest_numpy(const array& x_in, const array& codebook_in, int metric, bool return_distance, bool return_codes) {
+py::tuple assign_nearest_numpy(const array& x_in, const array& codebook_in, int metric,
+                               bool return_distance, bool return_codes) {
   const array x = elements(x_in), codebook = elements(codebook_in);
   AssignNearest p{};
   p.x = rows_of(x, codebook.ndim() == 3, "assign_nearest");

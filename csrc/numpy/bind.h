@@ -1,4 +1,5 @@
-// What every NumPy binding needs: arrays as plain pointers and strides, fresh outputs, a few threads.
+// What every NumPy binding needs: arrays as plain pointers and strides, fresh outputs, a few
+// threads.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -32,7 +33,8 @@ inline DType dtype_of(const array& a, const char* op) {
   if (kind == 'f' && a.itemsize() == 4) return DType::kFloat32;
   if (kind == 'f' && a.itemsize() == 2) return DType::kFloat16;
   if (kind == 'V' && a.itemsize() == 2) return DType::kBFloat16;
-  throw py::type_error(std::string(op) + ": dtype: allowed float32, float16, bfloat16 (ml_dtypes), got " +
+  throw py::type_error(std::string(op) +
+                       ": dtype: allowed float32, float16, bfloat16 (ml_dtypes), got " +
                        py::str(a.dtype()).cast<std::string>());
 }
 
@@ -43,16 +45,20 @@ inline int64_t stride_of(const array& a, int axis) { return a.strides(axis) / a.
 inline array elements(const array& a) {
   bool good = reinterpret_cast<uintptr_t>(a.data()) % static_cast<size_t>(a.itemsize()) == 0;
   for (int axis = 0; axis < a.ndim(); ++axis) good = good && a.strides(axis) % a.itemsize() == 0;
-  return good ? a : array::ensure(a, array::c_style | array::forcecast).attr("copy")().cast<array>();
+  return good ? a
+              : array::ensure(a, array::c_style | array::forcecast).attr("copy")().cast<array>();
 }
 
 // A C-ordered copy, where the last dimension is not contiguous.
 inline array rows_contiguous(const array& a) {
-  const bool good = a.ndim() == 0 || a.shape(a.ndim() - 1) <= 1 || a.strides(a.ndim() - 1) == a.itemsize();
+  const bool good =
+      a.ndim() == 0 || a.shape(a.ndim() - 1) <= 1 || a.strides(a.ndim() - 1) == a.itemsize();
   return good ? elements(a) : array::ensure(a, array::c_style);
 }
 
-inline array empty(std::vector<py::ssize_t> shape, const py::dtype& dtype) { return array(dtype, std::move(shape)); }
+inline array empty(std::vector<py::ssize_t> shape, const py::dtype& dtype) {
+  return array(dtype, std::move(shape));
+}
 
 // Bytes that a kernel borrows for one call; few of them cost no allocation.
 class Scratch {
@@ -60,7 +66,8 @@ class Scratch {
   explicit Scratch(int64_t bytes) {
     if (bytes <= static_cast<int64_t>(sizeof small_)) return;
     large_.reset(new char[static_cast<size_t>(bytes) + 64]);
-    data_ = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(large_.get()) + 63) & ~uintptr_t{63});
+    data_ =
+        reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(large_.get()) + 63) & ~uintptr_t{63});
   }
   Scratch(const Scratch&) = delete;
   void* data() { return data_; }
@@ -73,7 +80,8 @@ class Scratch {
 
 // Threads of this call only. Ranges below one grain run in the caller.
 inline Pool pool() {
-  static const int kThreads = std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, 16);
+  static const int kThreads =
+      std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, 16);
   return {[](int64_t count, int64_t grain, Pool::Body body, const void* context) {
             const int64_t parts = std::min<int64_t>(kThreads, (count + grain - 1) / grain);
             std::vector<std::thread> others;

@@ -15,7 +15,8 @@ inline TokenRows rows_of(const array& x, bool grouped, const char* op) {
   TokenRows rows{};
   rows.data = x.data();
   rows.dtype = dtype_of(x, op);
-  check(set_rows(sizes.data(), strides.data(), x.ndim(), grouped, rows), op, "x: too many dimensions");
+  check(set_rows(sizes.data(), strides.data(), x.ndim(), grouped, rows), op,
+        "x: too many dimensions");
   return rows;
 }
 

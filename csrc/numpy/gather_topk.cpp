@@ -6,10 +6,12 @@ namespace {
 
 using Fuse = GatherTopk::Fuse;
 
-// budgets: one int per image, read where no threshold is given. `dense`: all images keep k, the outputs are (B, rows, …).
-py::tuple gather_topk_numpy(const std::vector<array>& inputs, const array& scores_in, const py::object& keep,
-                            const std::vector<int64_t>& budgets, int64_t k, bool by_threshold, float threshold, bool dense, int64_t prefix, bool by_score,
-                            int fuse) {
+// budgets: one int per image, read where no threshold is given. `dense`: all images keep k, the
+// outputs are (B, rows, …).
+py::tuple gather_topk_numpy(const std::vector<array>& inputs, const array& scores_in,
+                            const py::object& keep, const std::vector<int64_t>& budgets, int64_t k,
+                            bool by_threshold, float threshold, bool dense, int64_t prefix,
+                            bool by_score, int fuse) {
   GatherTopk p{};
   check(inputs.size() <= GatherTopk::kMaxTensors, "gather_topk", "x: allowed at most 16 arrays");
   const array scores = elements(scores_in);
@@ -45,7 +47,8 @@ py::tuple gather_topk_numpy(const std::vector<array>& inputs, const array& score
   }
   const int64_t total = p.offsets[p.batch], extra = prefix + (p.fuse != Fuse::kNone);
   const int64_t chosen = total - p.batch * extra;
-  array index = dense ? empty({p.batch, k}, py::dtype::of<int64_t>()) : empty({chosen}, py::dtype::of<int64_t>());
+  array index = dense ? empty({p.batch, k}, py::dtype::of<int64_t>())
+                      : empty({chosen}, py::dtype::of<int64_t>());
   p.index = static_cast<int64_t*>(index.mutable_data());
   for (const array& x : from) {
     std::vector<py::ssize_t> shape{total};
@@ -53,8 +56,13 @@ py::tuple gather_topk_numpy(const std::vector<array>& inputs, const array& score
     const int64_t channels = x.ndim() == 3 ? x.shape(2) : 1;
     if (x.ndim() == 3) shape.push_back(channels);
     to.push_back(empty(shape, x.dtype()));
-    p.tensors[p.tensor_count++] = {x.data(),     to.back().mutable_data(), x.strides(0), x.strides(1),
-                                   channels * x.itemsize(), p.fuse == Fuse::kNone ? DType::kFloat32 : dtype_of(x, "gather_topk")};
+    p.tensors[p.tensor_count++] = {
+        x.data(),
+        to.back().mutable_data(),
+        x.strides(0),
+        x.strides(1),
+        channels * x.itemsize(),
+        p.fuse == Fuse::kNone ? DType::kFloat32 : dtype_of(x, "gather_topk")};
   }
   Scratch scratch(gather_topk_scratch(p, threads.threads));
   p.scratch = scratch.data();

@@ -5,9 +5,11 @@ namespace tk::bind {
 namespace {
 
 template <class Params>
-void set_logits(const Tensor& logits, const Tensor& value, const std::optional<Tensor>& mask, const char* op, Params& p) {
-  check(logits.dim() == 3 && value.dim() == 3 && logits.size(0) == value.size(0) && logits.size(1) == value.size(1), op,
-        "logits, value: allowed (B, N, M), (B, N, C)");
+void set_logits(const Tensor& logits, const Tensor& value, const std::optional<Tensor>& mask,
+                const char* op, Params& p) {
+  check(logits.dim() == 3 && value.dim() == 3 && logits.size(0) == value.size(0) &&
+            logits.size(1) == value.size(1),
+        op, "logits, value: allowed (B, N, M), (B, N, C)");
   p.dtype = dtype_of(value, op);
   check(dtype_of(logits, op) == p.dtype, op, "logits, value: allowed one dtype");
   p.B = value.size(0);
@@ -19,7 +21,8 @@ void set_logits(const Tensor& logits, const Tensor& value, const std::optional<T
   p.mask = mask_of(mask, p.B, p.N, op);
 }
 
-std::tuple<Tensor, Tensor> aggregate_logits_cpu(Tensor logits, Tensor value, std::optional<Tensor> mask) {
+std::tuple<Tensor, Tensor> aggregate_logits_cpu(Tensor logits, Tensor value,
+                                                std::optional<Tensor> mask) {
   logits = rows_contiguous(logits);
   value = rows_contiguous(value);
   AggregateLogits p{};
@@ -35,8 +38,9 @@ std::tuple<Tensor, Tensor> aggregate_logits_cpu(Tensor logits, Tensor value, std
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor> aggregate_logits_backward_cpu(Tensor gradient, Tensor logits, Tensor value,
-                                                         std::optional<Tensor> mask, Tensor tokens, Tensor lse,
+std::tuple<Tensor, Tensor> aggregate_logits_backward_cpu(Tensor gradient, Tensor logits,
+                                                         Tensor value, std::optional<Tensor> mask,
+                                                         Tensor tokens, Tensor lse,
                                                          bool need_logits, bool need_value) {
   const char* op = "aggregate_logits_backward";
   logits = rows_contiguous(logits);

@@ -4,8 +4,10 @@
 namespace tk::bind {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> aggregate_soft_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
-                                                      std::optional<Tensor> mask, std::optional<Tensor> scale_tensor,
+std::tuple<Tensor, Tensor, Tensor> aggregate_soft_cpu(Tensor query, Tensor key, Tensor value,
+                                                      std::optional<Tensor> bias,
+                                                      std::optional<Tensor> mask,
+                                                      std::optional<Tensor> scale_tensor,
                                                       double scale, bool keep_weights) {
   const char* op = "aggregate_soft";
   query = rows_contiguous(query);
@@ -19,7 +21,8 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_soft_cpu(Tensor query, Tensor key, 
   p.scale_tensor = number_of(scale_tensor, op);
   Tensor out = empty({p.B, p.M, p.C}, value.scalar_type());
   Tensor lse = empty({p.B, p.M}, ScalarType::Float);
-  Tensor weights = keep_weights ? empty({p.B, p.N, p.M}, ScalarType::Float) : empty({0}, ScalarType::Float);
+  Tensor weights =
+      keep_weights ? empty({p.B, p.N, p.M}, ScalarType::Float) : empty({0}, ScalarType::Float);
   p.out = out.data_ptr();
   p.lse = static_cast<float*>(lse.data_ptr());
   p.weights = keep_weights ? static_cast<float*>(weights.data_ptr()) : nullptr;
@@ -44,9 +47,10 @@ T* pointer_if(const Tensor& tensor, bool wanted) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> aggregate_soft_backward_cpu(
-    Tensor gradient, Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias, std::optional<Tensor> mask,
-    std::optional<Tensor> scale_tensor, double scale, Tensor tokens, Tensor lse, std::optional<Tensor> weights,
-    bool need_query, bool need_key, bool need_value, bool need_scale) {
+    Tensor gradient, Tensor query, Tensor key, Tensor value, std::optional<Tensor> bias,
+    std::optional<Tensor> mask, std::optional<Tensor> scale_tensor, double scale, Tensor tokens,
+    Tensor lse, std::optional<Tensor> weights, bool need_query, bool need_key, bool need_value,
+    bool need_scale) {
   const char* op = "aggregate_soft_backward";
   query = rows_contiguous(query);
   key = rows_contiguous(key);

@@ -10,8 +10,8 @@ Metric metric_of(const std::string& name) {
   return name == "cosine" ? Metric::kCosine : name == "dot" ? Metric::kDot : Metric::kL2;
 }
 
-std::tuple<Tensor, Tensor, Tensor> assign_nearest_cpu(Tensor x, Tensor codebook, std::string metric, bool return_distance,
-                                                      bool return_codes) {
+std::tuple<Tensor, Tensor, Tensor> assign_nearest_cpu(Tensor x, Tensor codebook, std::string metric,
+                                                      bool return_distance, bool return_codes) {
   const char* op = "assign_nearest";
   const bool grouped = codebook.dim() == 3;
   AssignNearest p{};
@@ -19,10 +19,12 @@ std::tuple<Tensor, Tensor, Tensor> assign_nearest_cpu(Tensor x, Tensor codebook,
   p.codebook = codebooks_of(codebook, op);
   p.metric = metric_of(metric);
   const int64_t last = x.dim() - 1;
-  check(x.size(last) == p.codebook.dim && (!grouped || x.size(last - 1) == p.codebook.groups) && p.x.dtype == p.codebook.dtype, op,
-        "x: allowed (…, D) or (…, G, D) of the codebook's dtype");
+  check(x.size(last) == p.codebook.dim && (!grouped || x.size(last - 1) == p.codebook.groups) &&
+            p.x.dtype == p.codebook.dtype,
+        op, "x: allowed (…, D) or (…, G, D) of the codebook's dtype");
   Tensor index = empty_per_row(x, ScalarType::Long);
-  Tensor distance = return_distance ? empty_per_row(x, ScalarType::Float) : empty({0}, ScalarType::Float);
+  Tensor distance =
+      return_distance ? empty_per_row(x, ScalarType::Float) : empty({0}, ScalarType::Float);
   Tensor codes = return_codes ? empty_of_shape(x) : empty({0}, x.scalar_type());
   p.index = static_cast<int64_t*>(index.data_ptr());
   p.distance = return_distance ? static_cast<float*>(distance.data_ptr()) : nullptr;
@@ -36,6 +38,8 @@ std::tuple<Tensor, Tensor, Tensor> assign_nearest_cpu(Tensor x, Tensor codebook,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tokenkernels, CPU, m) { m.impl("assign_nearest", TORCH_BOX(&assign_nearest_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(tokenkernels, CPU, m) {
+  m.impl("assign_nearest", TORCH_BOX(&assign_nearest_cpu));
+}
 
 }  // namespace tk::bind

@@ -10,7 +10,8 @@ std::tuple<Tensor, Tensor> assign_residual_cpu(Tensor x, Tensor codebooks) {
   p.x = rows_of(x, false, op);
   check(codebooks.dim() == 3, op, "codebooks: allowed (Q, K, D)");
   p.codebooks = codebooks_of(codebooks, op);
-  check(x.size(x.dim() - 1) == p.codebooks.dim && p.x.dtype == p.codebooks.dtype, op, "x: allowed (…, D) of the codebooks' dtype");
+  check(x.size(x.dim() - 1) == p.codebooks.dim && p.x.dtype == p.codebooks.dtype, op,
+        "x: allowed (…, D) of the codebooks' dtype");
   Sizes sizes(x);
   sizes.at[sizes.dims - 1] = p.codebooks.groups;
   Tensor index = empty(sizes.at, sizes.dims, ScalarType::Long);
@@ -26,6 +27,8 @@ std::tuple<Tensor, Tensor> assign_residual_cpu(Tensor x, Tensor codebooks) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tokenkernels, CPU, m) { m.impl("assign_residual", TORCH_BOX(&assign_residual_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(tokenkernels, CPU, m) {
+  m.impl("assign_residual", TORCH_BOX(&assign_residual_cpu));
+}
 
 }  // namespace tk::bind

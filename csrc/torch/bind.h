@@ -1,4 +1,5 @@
-// What every torch binding needs: views of tensors as plain pointers and strides, fresh outputs, errors that reach Python as words.
+// What every torch binding needs: views of tensors as plain pointers and strides, fresh outputs,
+// errors that reach Python as words.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -17,7 +18,8 @@ namespace tk::bind {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Memory safety only: what users do wrong is told by the Python front, in better words. "op: …" arrives there as ValueError.
+// Memory safety only: what users do wrong is told by the Python front, in better words. "op: …"
+// arrives there as ValueError.
 inline void check(bool good, const char* op, const std::string& message) {
   if (!good) throw std::runtime_error(std::string(op) + ": " + message);
 }
@@ -37,10 +39,15 @@ inline bool is_number(ScalarType type) {
 
 inline DType dtype_of(const Tensor& tensor, const char* op) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    default: check(false, op, "dtype: allowed float32, float16, bfloat16 (backend=\"reference\" takes float64)");
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      check(false, op,
+            "dtype: allowed float32, float16, bfloat16 (backend=\"reference\" takes float64)");
   }
   return DType::kFloat32;
 }
@@ -54,9 +61,9 @@ inline Tensor empty(const int64_t* sizes, int64_t dims, ScalarType type) {
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides,
-                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -67,7 +74,8 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
 // A copy whose last dimension is contiguous, where it was not.
 inline Tensor rows_contiguous(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
-  return tensor.stride(last) == 1 || tensor.size(last) <= 1 ? tensor : torch::stable::contiguous(tensor);
+  return tensor.stride(last) == 1 || tensor.size(last) <= 1 ? tensor
+                                                            : torch::stable::contiguous(tensor);
 }
 
 // Bytes that a kernel borrows for one call; few of them cost no allocation.
@@ -76,7 +84,8 @@ class Scratch {
   explicit Scratch(int64_t bytes) {
     if (bytes <= static_cast<int64_t>(sizeof small_)) return;
     large_ = empty({bytes + 64}, ScalarType::Byte);
-    data_ = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(large_->data_ptr()) + 63) & ~uintptr_t{63});
+    data_ = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(large_->data_ptr()) + 63) &
+                                    ~uintptr_t{63});
   }
   Scratch(const Scratch&) = delete;
   void* data() { return data_; }
@@ -90,8 +99,8 @@ class Scratch {
 // torch's own threads.
 inline Pool pool() {
   return {[](int64_t count, int64_t grain, Pool::Body body, const void* context) {
-            torch::stable::parallel_for(0, count, grain,
-                                        [&](int64_t begin, int64_t end) { body(context, begin, end); });
+            torch::stable::parallel_for(
+                0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
           },
           static_cast<int>(torch::stable::get_num_threads())};
 }

@@ -20,7 +20,8 @@ struct Sizes {
 
 inline TokenRows rows_of(const Tensor& x, bool grouped, const char* op) {
   const Sizes sizes(x);
-  check(sizes.dims > grouped && sizes.dims <= kMaxRank, op, "x: allowed (…, D) of at most 9 dimensions");
+  check(sizes.dims > grouped && sizes.dims <= kMaxRank, op,
+        "x: allowed (…, D) of at most 9 dimensions");
   int64_t strides[kMaxRank];
   for (int64_t i = 0; i < sizes.dims; ++i) strides[i] = x.stride(i);
   TokenRows rows{};
@@ -35,14 +36,9 @@ inline Codebooks codebooks_of(const Tensor& codebook, const char* op) {
   check(last == 1 || last == 2, op, "codebook: allowed (K, D) or (G, K, D)");
   check(codebook.size(last - 1) > 0 && codebook.size(last) > 0 && codebook.size(last) <= 512, op,
         "codebook: allowed at least one code of 1…512 dimensions");
-  return {codebook.data_ptr(),
-          dtype_of(codebook, op),
-          last == 2 ? codebook.size(0) : 1,
-          codebook.size(last - 1),
-          codebook.size(last),
-          last == 2 ? codebook.stride(0) : 0,
-          codebook.stride(last - 1),
-          codebook.stride(last)};
+  return {codebook.data_ptr(),       dtype_of(codebook, op), last == 2 ? codebook.size(0) : 1,
+          codebook.size(last - 1),   codebook.size(last),    last == 2 ? codebook.stride(0) : 0,
+          codebook.stride(last - 1), codebook.stride(last)};
 }
 
 // The shape of x without its last dimension.

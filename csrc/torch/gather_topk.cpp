@@ -21,7 +21,8 @@ void set_scores(const Tensor& scores, GatherTopk& p) {
 
 void set_keep(const std::optional<Tensor>& keep, GatherTopk& p) {
   if (!keep) return;
-  check(keep->scalar_type() == ScalarType::Bool && keep->dim() == 2 && keep->size(0) == p.batch && keep->size(1) == p.tokens,
+  check(keep->scalar_type() == ScalarType::Bool && keep->dim() == 2 && keep->size(0) == p.batch &&
+            keep->size(1) == p.tokens,
         "gather_topk", "keep: allowed bool (B, N)");
   p.keep = static_cast<const bool*>(keep->data_ptr());
   p.keep_batch_stride = keep->stride(0);
@@ -29,33 +30,41 @@ void set_keep(const std::optional<Tensor>& keep, GatherTopk& p) {
 }
 
 std::vector<int64_t> budgets_of(const std::vector<int64_t>& k, bool ragged, const GatherTopk& p) {
-  check(static_cast<int64_t>(k.size()) == (ragged ? p.batch : 1), "gather_topk", "k: allowed one int, or one per image");
+  check(static_cast<int64_t>(k.size()) == (ragged ? p.batch : 1), "gather_topk",
+        "k: allowed one int, or one per image");
   std::vector<int64_t> budgets = k;
   if (!ragged) budgets.assign(static_cast<size_t>(p.batch), k[0]);
-  for (const int64_t budget : budgets) check(budget >= 0 && budget <= p.tokens, "gather_topk", "k: allowed 0…N");
+  for (const int64_t budget : budgets)
+    check(budget >= 0 && budget <= p.tokens, "gather_topk", "k: allowed 0…N");
   return budgets;
 }
 
-// (B, rows, C) where every image keeps the same number, else packed (total, C); without C where x has none.
+// (B, rows, C) where every image keeps the same number, else packed (total, C); without C where x
+// has none.
 Tensor output_like(const Tensor& x, int64_t batch, int64_t rows, bool dense) {
   const ScalarType type = x.scalar_type();
-  if (x.dim() == 3) return dense ? empty({batch, rows, x.size(2)}, type) : empty({rows, x.size(2)}, type);
+  if (x.dim() == 3)
+    return dense ? empty({batch, rows, x.size(2)}, type) : empty({rows, x.size(2)}, type);
   return dense ? empty({batch, rows}, type) : empty({rows}, type);
 }
 
 GatherTopk::Tensor tensor_of(const Tensor& from, const Tensor& to, const GatherTopk& p) {
-  check(from.dim() >= 2 && from.size(0) == p.batch && from.size(1) == p.prefix + p.tokens, "gather_topk",
-        "x: allowed (B, P+N) or (B, P+N, C)");
+  check(from.dim() >= 2 && from.size(0) == p.batch && from.size(1) == p.prefix + p.tokens,
+        "gather_topk", "x: allowed (B, P+N) or (B, P+N, C)");
   const auto bytes = static_cast<int64_t>(from.element_size());
   const int64_t channels = from.dim() == 3 ? from.size(2) : 1;
-  return {from.data_ptr(), to.data_ptr(),     from.stride(0) * bytes,
-          from.stride(1) * bytes, channels * bytes, p.fuse == Fuse::kNone ? DType::kFloat32 : dtype_of(from, "gather_topk")};
+  return {from.data_ptr(),
+          to.data_ptr(),
+          from.stride(0) * bytes,
+          from.stride(1) * bytes,
+          channels * bytes,
+          p.fuse == Fuse::kNone ? DType::kFloat32 : dtype_of(from, "gather_topk")};
 }
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor> gather_topk_cpu(std::vector<Tensor> tensors, Tensor scores,
-                                                               std::optional<Tensor> keep, std::vector<int64_t> k,
-                                                               bool ragged, std::optional<double> threshold, int64_t prefix,
-                                                               std::string order, std::string fuse) {
+std::tuple<std::vector<Tensor>, Tensor, Tensor> gather_topk_cpu(
+    std::vector<Tensor> tensors, Tensor scores, std::optional<Tensor> keep, std::vector<int64_t> k,
+    bool ragged, std::optional<double> threshold, int64_t prefix, std::string order,
+    std::string fuse) {
   check(tensors.size() <= GatherTopk::kMaxTensors, "gather_topk", "x: allowed at most 16 tensors");
   check(scores.dim() == 2, "gather_topk", "scores: allowed (B, N)");
   GatherTopk p{};
@@ -83,7 +92,8 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> gather_topk_cpu(std::vector<Tens
   const bool dense = !threshold && !ragged;
   const int64_t total = p.offsets[p.batch], extra = prefix + (p.fuse != Fuse::kNone);
   const int64_t chosen = total - p.batch * extra, rows = dense ? extra + k[0] : total;
-  Tensor index = dense ? empty({p.batch, k[0]}, ScalarType::Long) : empty({chosen}, ScalarType::Long);
+  Tensor index =
+      dense ? empty({p.batch, k[0]}, ScalarType::Long) : empty({chosen}, ScalarType::Long);
   p.index = static_cast<int64_t*>(index.data_ptr());
   std::vector<Tensor> outputs;
   for (const Tensor& tensor : tensors) {
@@ -96,15 +106,18 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> gather_topk_cpu(std::vector<Tens
   return {outputs, index, offsets};
 }
 
-std::tuple<std::vector<Tensor>, Tensor> gather_topk_backward_cpu(std::vector<Tensor> gradients, Tensor index, Tensor offsets,
-                                                                std::vector<Tensor> tensors, Tensor scores, int64_t prefix,
-                                                                std::string fuse) {
+std::tuple<std::vector<Tensor>, Tensor> gather_topk_backward_cpu(std::vector<Tensor> gradients,
+                                                                 Tensor index, Tensor offsets,
+                                                                 std::vector<Tensor> tensors,
+                                                                 Tensor scores, int64_t prefix,
+                                                                 std::string fuse) {
   const char* op = "gather_topk_backward";
   GatherTopkBackward p{};
   p.fuse = fuse_of(fuse);
   const bool fused = p.fuse != Fuse::kNone, dense = index.dim() == 2;
-  check(gradients.size() <= GatherTopk::kMaxTensors && (!fused || gradients.size() == tensors.size()), op,
-        "gradients: one per tensor, at most 16");
+  check(
+      gradients.size() <= GatherTopk::kMaxTensors && (!fused || gradients.size() == tensors.size()),
+      op, "gradients: one per tensor, at most 16");
   p.batch = scores.size(0);
   p.tokens = scores.size(1);
   p.prefix = prefix;
@@ -128,11 +141,13 @@ std::tuple<std::vector<Tensor>, Tensor> gather_topk_backward_cpu(std::vector<Ten
     results.push_back(has_channels ? empty({p.batch, rows, channels}, from.scalar_type())
                                    : empty({p.batch, rows}, from.scalar_type()));
     auto& tensor = p.tensors[p.tensor_count++];
-    tensor = {from.data_ptr(), results.back().data_ptr(), nullptr, 0, 0, channels, dtype_of(from, op)};
+    tensor = {from.data_ptr(), results.back().data_ptr(), nullptr, 0, 0,
+              channels,        dtype_of(from, op)};
     if (!fused) continue;
     if (has_channels) tensors[t] = rows_contiguous(tensors[t]);
     const Tensor& x = tensors[t];
-    check(x.scalar_type() == from.scalar_type() && x.numel() == p.batch * rows * channels, op, "tensors: those of the forward call");
+    check(x.scalar_type() == from.scalar_type() && x.numel() == p.batch * rows * channels, op,
+          "tensors: those of the forward call");
     tensor.x = x.data_ptr();
     tensor.x_batch_stride = x.stride(0);
     tensor.x_token_stride = x.stride(1);

@@ -1,8 +1,11 @@
-// What the shared object says of itself, without torch: which instruction sets it carries and which one runs.
+// What the shared object says of itself, without torch: which instruction sets it carries and which
+// one runs.
 #include "tokenkernels.h"
 
 #define TK_EXPORT extern "C" __attribute__((visibility("default")))
 
 TK_EXPORT const char* tokenkernels_instruction_set() { return tk::instruction_set(); }
 
-TK_EXPORT int tokenkernels_set_instruction_set(const char* name) { return tk::set_instruction_set(name); }
+TK_EXPORT int tokenkernels_set_instruction_set(const char* name) {
+  return tk::set_instruction_set(name);
+}

@@ -21,18 +21,25 @@ struct Inputs {
 float number_in(const Tensor& tensor, const char* op) {
   check(tensor.numel() == 1, op, "scale: allowed one number");
   float value = 0;
-  dispatch(dtype_of(tensor, op), [&](auto zero) { value = to_float(*static_cast<const decltype(zero)*>(tensor.data_ptr())); });
+  dispatch(dtype_of(tensor, op), [&](auto zero) {
+    value = to_float(*static_cast<const decltype(zero)*>(tensor.data_ptr()));
+  });
   return value;
 }
 
-void check_weight(const Tensor& weight, const Tensor& x, int64_t rows, int64_t cols, const char* op) {
-  const bool shaped = cols < 0 ? weight.dim() == 1 && weight.size(0) == rows
-                               : weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == cols;
-  check(shaped && weight.scalar_type() == x.scalar_type(), op, "weights: allowed the dtype of x, shapes (C), (C), (H, C), (H), (M, H)");
+void check_weight(const Tensor& weight, const Tensor& x, int64_t rows, int64_t cols,
+                  const char* op) {
+  const bool shaped = cols < 0
+                          ? weight.dim() == 1 && weight.size(0) == rows
+                          : weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == cols;
+  check(shaped && weight.scalar_type() == x.scalar_type(), op,
+        "weights: allowed the dtype of x, shapes (C), (C), (H, C), (H), (M, H)");
 }
 
-SlimTokens params_of(Inputs& in, const std::optional<Tensor>& scale_tensor, double scale, double eps, const char* op) {
-  check(in.x.dim() == 3 && in.w1.dim() == 2 && in.w2.dim() == 2, op, "x, w1, w2: allowed 3, 2, 2 dimensions");
+SlimTokens params_of(Inputs& in, const std::optional<Tensor>& scale_tensor, double scale,
+                     double eps, const char* op) {
+  check(in.x.dim() == 3 && in.w1.dim() == 2 && in.w2.dim() == 2, op,
+        "x, w1, w2: allowed 3, 2, 2 dimensions");
   in.make_rows_contiguous();
   SlimTokens p{};
   p.dtype = dtype_of(in.x, op);
@@ -41,7 +48,8 @@ SlimTokens params_of(Inputs& in, const std::optional<Tensor>& scale_tensor, doub
   p.channels = in.x.size(2);
   p.hidden = in.w1.size(0);
   p.slots = in.w2.size(0);
-  check(p.tokens > 0 && p.channels > 0 && p.hidden > 0 && p.slots > 0, op, "x, w1, w2: allowed no empty dimension but B");
+  check(p.tokens > 0 && p.channels > 0 && p.hidden > 0 && p.slots > 0, op,
+        "x, w1, w2: allowed no empty dimension but B");
   check_weight(in.norm_weight, in.x, p.channels, -1, op);
   check_weight(in.norm_bias, in.x, p.channels, -1, op);
   check_weight(in.w1, in.x, p.hidden, p.channels, op);
@@ -62,14 +70,16 @@ SlimTokens params_of(Inputs& in, const std::optional<Tensor>& scale_tensor, doub
   return p;
 }
 
-std::tuple<Tensor, Tensor, Tensor> slim_tokens_cpu(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor w1, Tensor b1,
-                                                   Tensor w2, std::optional<Tensor> scale_tensor, double scale, double eps,
-                                                   bool keep) {
+std::tuple<Tensor, Tensor, Tensor> slim_tokens_cpu(Tensor x, Tensor norm_weight, Tensor norm_bias,
+                                                   Tensor w1, Tensor b1, Tensor w2,
+                                                   std::optional<Tensor> scale_tensor, double scale,
+                                                   double eps, bool keep) {
   Inputs in{x, norm_weight, norm_bias, w1, b1, w2};
   SlimTokens p = params_of(in, scale_tensor, scale, eps, "slim_tokens");
   Tensor tokens = empty({p.batch, p.slots, p.channels}, x.scalar_type());
   Tensor lse = empty({p.batch, p.slots}, ScalarType::Float);
-  Tensor projected = keep ? empty({p.batch, p.tokens, p.hidden}, ScalarType::Float) : empty({0}, ScalarType::Float);
+  Tensor projected = keep ? empty({p.batch, p.tokens, p.hidden}, ScalarType::Float)
+                          : empty({0}, ScalarType::Float);
   p.out = tokens.data_ptr();
   p.lse = static_cast<float*>(lse.data_ptr());
   p.projected = keep ? static_cast<float*>(projected.data_ptr()) : nullptr;
@@ -82,22 +92,24 @@ std::tuple<Tensor, Tensor, Tensor> slim_tokens_cpu(Tensor x, Tensor norm_weight,
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> slim_tokens_backward_cpu(
     Tensor grad, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor w1, Tensor b1, Tensor w2,
-    std::optional<Tensor> scale_tensor, double scale, double eps, Tensor tokens, Tensor lse, Tensor projected) {
+    std::optional<Tensor> scale_tensor, double scale, double eps, Tensor tokens, Tensor lse,
+    Tensor projected) {
   const char* op = "slim_tokens_backward";
   Inputs in{x, norm_weight, norm_bias, w1, b1, w2};
   SlimTokensBackward q{};
   SlimTokens& p = q.forward;
   p = params_of(in, scale_tensor, scale, eps, op);
   const ScalarType type = x.scalar_type();
-  check(grad.dim() == 3 && grad.size(0) == p.batch && grad.size(1) == p.slots && grad.size(2) == p.channels &&
-            grad.scalar_type() == type,
+  check(grad.dim() == 3 && grad.size(0) == p.batch && grad.size(1) == p.slots &&
+            grad.size(2) == p.channels && grad.scalar_type() == type,
         op, "grad: allowed (B, M, C) in the dtype of x");
-  check(tokens.numel() == grad.numel() && tokens.scalar_type() == type && lse.numel() == p.batch * p.slots &&
-            lse.scalar_type() == ScalarType::Float,
+  check(tokens.numel() == grad.numel() && tokens.scalar_type() == type &&
+            lse.numel() == p.batch * p.slots && lse.scalar_type() == ScalarType::Float,
         op, "tokens, lse: those of the forward call");
   const bool kept = projected.numel() > 0;
-  check(!kept || (projected.numel() == p.batch * p.tokens * p.hidden && projected.scalar_type() == ScalarType::Float), op,
-        "projected: that of the forward call");
+  check(!kept || (projected.numel() == p.batch * p.tokens * p.hidden &&
+                  projected.scalar_type() == ScalarType::Float),
+        op, "projected: that of the forward call");
   grad = rows_contiguous(grad);
   tokens = torch::stable::contiguous(tokens);
   lse = torch::stable::contiguous(lse);

@@ -67,7 +67,7 @@ def _strided(t: Make) -> dict[str, Any]:
 
 
 COUPLED = ("test", "coupled")
-HARD = ("test", "no-gradcheck", "nan")
+HARD = ("test", "no-gradcheck", "no-opcheck")
 
 CASES = [
     Case("image", _simple(3, (8, 8), (2, 2), 19, threshold=0.6)),

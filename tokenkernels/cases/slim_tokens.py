@@ -56,9 +56,9 @@ def length(kwargs: dict[str, Any]) -> int:
 
 
 def gradient_length(kwargs: dict[str, Any]) -> int:
-    """The longest is the scale's: over all slots of all tokens."""
-    (batch, tokens, _), (slots, _) = kwargs["x"].shape, kwargs["w2"].shape
-    return 4 * length(kwargs) + batch * tokens * slots
+    """The longest is the scale's, over slots and hidden channels, and it nearly cancels."""
+    slots, hidden = kwargs["w2"].shape
+    return 4 * (length(kwargs) + slots * hidden)
 
 
 def compare(
@@ -85,7 +85,7 @@ CASES = [
     Case("more-slots", _shapes(2, 6, 17, 19, hidden=33)),
     Case("negative-scale", _shapes(1, 40, 32, 4, scale=-2.0, eps=1e-3)),
     Case("patches", _patches),
-    Case("far", _far),
+    Case("far", _far, ("test", "no-opcheck")),
     Case("tiles", _shapes(2, 300, 18, 17)),
     Case("sit-s stage 1 16x196x384 M=98", _shapes(16, 196, 384, 98), ("bench",)),
     Case("sit-s stage 2 16x98x384 M=49", _shapes(16, 98, 384, 49), ("bench",)),
