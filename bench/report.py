@@ -35,7 +35,9 @@ tr:hover { background: #f4f7fb; }
 svg { max-width: 100%; height: auto; }
 """
 EXPLANATION = (
-    "Every cell passed the op's comparison on the very input that is timed. All contenders of a "
+    "Everyone passed a comparison on the very input that is timed: our kernels the op's own, peers "
+    "too, unless they break ties or round in another way; then bench/peers says how they are held. "
+    "A compiled peer that no time was left for is listed below as left out. All contenders of a "
     "cell take turns in random order, outputs are allocated inside, figures are medians. Roof: the "
     "time that a copy (and a read) of the bytes that the op must move takes, in turns with the op, "
     "or its arithmetic at the rate of the fastest matrix product, whichever is longer. ×: time of "

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
+import tokenkernels
 from tokenkernels import _native
 from tokenkernels._op import OPS, Case, Op, tensors_in
 
@@ -85,6 +86,61 @@ def test_bad_arguments_are_refused_in_the_same_words(op: Op, number: int) -> Non
     changed = tree_map(to_numpy, kwargs | change(kwargs))
     with pytest.raises(error, match=pattern.split(": allowed")[0]):
         getattr(tkn, op.function.__name__)(**changed)
+
+
+X = np.random.default_rng(0).random((2, 8, 4), np.float32)
+SCORES = X[:, :, 1].copy()
+
+
+def field(values: np.ndarray) -> np.ndarray:
+    """The same values, their strides no whole number of elements."""
+    record = np.zeros(values.shape, [("value", values.dtype), ("flag", np.uint8)])
+    record["value"] = values
+    return record["value"]
+
+
+def test_gather_topk_takes_any_integer_as_k() -> None:
+    assert np.array_equal(
+        tkn.gather_topk(X, SCORES, np.int64(3)).tokens, tkn.gather_topk(X, SCORES, 3).tokens
+    )
+    packed = tkn.gather_topk(X, SCORES, [np.int64(1), np.int32(3)])
+    assert packed.offsets.tolist() == [0, 1, 4]
+
+
+@pytest.mark.parametrize("x", [None, 5, "x", X.astype(object), np.zeros((2, 8), "V0")])
+def test_gather_topk_refuses_what_is_no_array_of_numbers(x: Any) -> None:
+    with pytest.raises(TypeError, match="gather_topk: x: allowed"):
+        tkn.gather_topk(x, SCORES, 2)
+
+
+def test_fields_of_structured_arrays() -> None:
+    size = SCORES + 1
+    want, got = (tkn.merge_runs(X, 0.9, size=one) for one in (size, field(size)))
+    assert all(map(np.array_equal, want, got))
+    layers = [(X[:, None], X[:, None])]
+    index, old = np.array([1, 4, 6]), np.array([2, 5, 9])
+    lengths, frequencies = np.array([7, 8]), np.array([1.0, 0.1], np.float32)
+    want = tkn.compact_kv(layers, index, lengths=lengths, rope=(frequencies, old, index))
+    got = tkn.compact_kv(
+        [(field(X)[:, None], X[:, None])],
+        field(index),
+        lengths=field(lengths),
+        rope=(field(frequencies), field(old), field(index)),
+    )
+    assert all(map(np.array_equal, want.layers[0], got.layers[0]))
+    assert np.array_equal(want.lengths, got.lengths)
+
+
+def test_an_empty_cache_is_compacted_in_place() -> None:
+    empty = np.zeros((0, 2, 5, 4), np.float32)
+    tkn.compact_kv([(empty, empty.copy())], np.array([0, 1]), inplace=True)
+
+
+def test_arrays_of_the_other_front_are_refused() -> None:
+    with pytest.raises(TypeError, match="x: allowed a NumPy array"):
+        tkn.merge_runs(torch.from_numpy(X), 0.5)
+    with pytest.raises(TypeError, match="x: allowed a torch tensor"):
+        tokenkernels.merge_runs(X, 0.5)
 
 
 def test_no_torch_is_imported() -> None:

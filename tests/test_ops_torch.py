@@ -106,6 +106,63 @@ def test_another_size_does_not_recompile(op: Op) -> None:
 
 
 @every_op
+def test_another_count_does_not_recompile(op: Op) -> None:
+    """A count that decides a shape is a symbol too."""
+    trials = [
+        (name, kwargs)
+        for case in op.cases
+        if "test" in case.tags
+        for kwargs in [arguments(op, case)]
+        for name in op.sizes
+        if type(kwargs.get(name)) is int and kwargs[name] >= 4
+    ][:1]
+    if not trials:
+        pytest.skip("no count to vary")
+    name, kwargs = trials[0]
+    count = kwargs.pop(name)
+    module = _Whole(op, kwargs, MAIN[0].partition("-")[0])
+    tensors = {n: v for n, v in kwargs.items() if tensors_in(v)}
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    for given in (count, count - 1):
+        assert_same_bits(compiled(tensors | {name: given}), module(tensors | {name: given}))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(tensors | {name: count - 2})
+
+
+@every_op
+def test_autocast_casts_before_it_checks(op: Op) -> None:
+    """Under autocast float32 gives the dtypes that bfloat16 gives, and so does a mix of both."""
+    if op.function is None or not op.casts:
+        pytest.skip("no public function" if op.function is None else "moves any dtype as it is")
+    high, low = (arguments(op, op.cases[0], kind) for kind in (torch.float32, torch.bfloat16))
+    first = next(iter(low))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        want, *others = (
+            [t.dtype for t in run(op, kwargs, MAIN[0])]
+            for kwargs in (low, high, high | {first: low[first]})
+        )
+    assert others == [want, want]
+
+
+@every_op
+def test_a_second_derivative_is_refused(op: Op) -> None:
+    if not op.differentiable:
+        pytest.skip("no gradient")
+    kwargs = arguments(op, op.cases[0])
+    inputs = [
+        t.requires_grad_()
+        for n in op.differentiable
+        for t in tensors_in(kwargs.get(n))
+        if t.dtype.is_floating_point
+    ]
+    total = sum(t.sum() for t in run(op, kwargs, MAIN[0]) if t.requires_grad)
+    found = torch.autograd.grad(total, inputs, create_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match=f"{op.name}: no second derivative"):
+        sum(g.square().sum() for g in found if g is not None).backward()
+
+
+@every_op
 def test_export(op: Op) -> None:
     if op.function is None:
         pytest.skip("no public function to export")

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from . import _native, checks
 from ._case import Bad, Case, Make, close
@@ -28,6 +29,10 @@ OPS: dict[str, Op] = {}
 BACKENDS = ("native", "triton", "reference")
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
 DEFAULT_BACKEND = os.environ.get("TOKENKERNELS_BACKEND") or None
+if DEFAULT_BACKEND not in (None, *BACKENDS):
+    raise ValueError(
+        f"TOKENKERNELS_BACKEND: allowed {', '.join(BACKENDS)}, got {DEFAULT_BACKEND!r}"
+    )
 
 checks.DEFAULT_BACKEND = DEFAULT_BACKEND
 checks.DTYPES.update({getattr(torch, name): name for name in checks.NAMES if hasattr(torch, name)})
@@ -68,6 +73,10 @@ class Op:
     supports: dict[str, str | Callable[[dict[str, Any]], str | None]] = field(default_factory=dict)
     batch: tuple[str, ...] = ()
     """The arguments whose first dimension counts independent images: test_ops slices them."""
+    casts: bool = True
+    """Whether autocast reaches this op; False where rows move as bytes."""
+    sizes: tuple[str, ...] = ()
+    """The integer arguments that decide a shape: test_ops_torch varies them."""
 
     def __post_init__(self) -> None:
         self.name = self.schema.split("(", 1)[0]
@@ -94,7 +103,7 @@ class Op:
         if self.backward is not None:
             torch.library.register_autograd(
                 qualified,
-                partial(self.backward, partial(_run, kind)),
+                partial(_differentiate_once, self, partial(_run, kind)),
                 setup_context=self.setup_context,
                 lib=LIB,
             )
@@ -132,7 +141,8 @@ class Op:
 
     def __call__(self, backend: str | None, device: str, /, *args: Any) -> Any:
         """Runs the schema op on `device`, by the best backend there or the one asked for."""
-        overload = self.overloads.get((backend, device))
+        named = backend is None or isinstance(backend, str)
+        overload = self.overloads.get((backend, device)) if named else None
         if overload is None:
             raise self._refusal(backend, device)
         if torch.compiler.is_compiling():
@@ -197,6 +207,32 @@ def _run(kind: str, op: Op, *args: Any) -> Any:
     return op._kinds[kind](*args)
 
 
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{ctx.name}: no second derivative")
+
+
+def _differentiate_once(op: Op, run: Callable[..., Any], ctx: Any, *grads: Any) -> Any:
+    """The gradients of `op`; where a graph of them is wanted, it ends in an error, not in zeros."""
+    if not torch.is_grad_enabled():
+        return op.backward(run, ctx, *grads)
+
+    def end(gradient: Any) -> Any:
+        if not isinstance(gradient, torch.Tensor):
+            return gradient
+        return _NoSecondDerivative.apply(op.name, gradient.detach().requires_grad_())
+
+    with torch.no_grad():
+        results = op.backward(run, ctx, *grads)
+    return tree_map(end, results)
+
+
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """All tensors of a nest of tuples, lists and dicts, in order."""
     if isinstance(value, torch.Tensor):
@@ -208,15 +244,20 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     return []
 
 
-def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors as autocast wants them: floating ones in its dtype where it is on for their
-    device.
+def autocast(*values: Any) -> tuple[Any, ...]:
+    """The values as autocast wants them: floating tensors in its dtype where it is on for the
+    device of the first; what is no tensor stays, for the check to refuse.
     """
-    kind = tensors[0].device.type
+    if not values or not isinstance(values[0], torch.Tensor):
+        return values
+    kind = values[0].device.type
     if not torch.is_autocast_enabled(kind):
-        return tensors
+        return values
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(t.to(dtype) if t.dtype.is_floating_point else t for t in tensors)
+    return tuple(
+        v.to(dtype) if isinstance(v, torch.Tensor) and v.dtype.is_floating_point else v
+        for v in values
+    )
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from .checks.aggregate_soft import aggregate_soft as _check_aggregate_soft
 from .checks.assign_nearest import assign_nearest as _check_assign_nearest
 from .checks.assign_residual import assign_residual as _check_assign_residual
 from .checks.gather_topk import gather_topk as _check_gather_topk
+from .checks.gather_topk import is_dense
 from .checks.merge_adjacent import merge_adjacent as _check_merge_adjacent
 from .checks.merge_runs import merge_runs as _check_merge_runs
 from .checks.score_attention import score_attention as _check_score_attention
@@ -40,10 +41,10 @@ except ImportError:
 
 for _name in checks.NAMES:
     if hasattr(np, _name) and _name != "bool":
-        checks.DTYPES[np.dtype(_name)] = _name
+        checks.ARRAY_DTYPES[np.dtype(_name)] = _name
     elif ml_dtypes is not None and hasattr(ml_dtypes, _name):
-        checks.DTYPES[np.dtype(getattr(ml_dtypes, _name))] = _name
-checks.DTYPES[np.dtype(bool)] = "bool"
+        checks.ARRAY_DTYPES[np.dtype(getattr(ml_dtypes, _name))] = _name
+checks.ARRAY_DTYPES[np.dtype(bool)] = "bool"
 
 Array = np.ndarray
 _METRIC = {"l2": 0, "cosine": 1, "dot": 2}
@@ -102,14 +103,21 @@ def gather_topk(
 ) -> Selected:
     """Gathers the k highest-scored tokens of every image; see `tokenkernels.gather_topk`."""
     one = isinstance(x, np.ndarray)
+    if not one and (isinstance(x, str) or not isinstance(x, Sequence)):
+        checks.fail(
+            "gather_topk", "x", "an array, or a sequence of them", type(x).__name__, TypeError
+        )
     arrays = (x,) if one else tuple(x)
+    for array in arrays:
+        checks.numbers_of_numpy("gather_topk", "x", array)
     budgets = _check_gather_topk(arrays, scores, k, keep, prefix, order, threshold, fuse)
-    dense = isinstance(k, int)
+    dense = is_dense(k)
+    rows = budgets[0] if dense else 0
     if dense:
         budgets = budgets * scores.shape[0]
     bar = 0.0 if threshold is None else threshold
     tokens, index, offsets = _core.gather_topk(
-        arrays, scores, keep, budgets, k if dense else 0, threshold is not None, bar, dense, prefix,
+        arrays, scores, keep, budgets, rows, threshold is not None, bar, dense, prefix,
         order == "score", _FUSE[fuse],
     )  # fmt: skip
     return Selected(tokens[0] if one else tuple(tokens), index, offsets)

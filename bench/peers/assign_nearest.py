@@ -49,7 +49,8 @@ def formula(x: Tensor, codebook: Tensor, metric: str = "l2", **_: Any) -> list[T
     return [(-distance).argmax(-1)]
 
 
-_modules: dict[tuple[int, ...], Any] = {}
+_made: list[Any] = []
+"""The last codebook and the module that holds it: making one is no part of a call."""
 
 
 def module(
@@ -60,14 +61,12 @@ def module(
         return NotImplemented
     from vector_quantize_pytorch import VectorQuantize
 
-    key = (codebook.data_ptr(), *codebook.shape)
-    if key not in _modules:
-        _modules.clear()
+    if not _made or _made[0] is not codebook:
         codes, dim = codebook.shape
         made = VectorQuantize(dim, codes, use_cosine_sim=metric == "cosine").eval()
         made._codebook.embed.data.copy_(codebook)
-        _modules[key] = made
-    quantized, index, _ = _modules[key](x[None])
+        _made[:] = [codebook, made]
+    quantized, index, _ = _made[1](x[None])
     return [index[0], quantized[0]]
 
 

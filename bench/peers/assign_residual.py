@@ -20,22 +20,21 @@ def loop(x: Tensor, codebooks: Tensor) -> list[Tensor]:
     return [torch.stack(chosen, -1), x]
 
 
-_modules: dict[tuple[int, ...], Any] = {}
+_made: list[Any] = []
+"""The last codebooks and the module that holds them: making one is no part of a call."""
 
 
 def module(x: Tensor, codebooks: Tensor) -> list[Tensor]:
     """vector-quantize-pytorch's ResidualVQ in eval mode."""
     from vector_quantize_pytorch import ResidualVQ
 
-    key = (codebooks.data_ptr(), *codebooks.shape)
-    if key not in _modules:
-        _modules.clear()
+    if not _made or _made[0] is not codebooks:
         rounds, codes, dim = codebooks.shape
         made = ResidualVQ(dim=dim, num_quantizers=rounds, codebook_size=codes).eval()
         for layer, book in zip(made.layers, codebooks, strict=True):
             layer._codebook.embed.data.copy_(book)
-        _modules[key] = made
-    quantized, index, _ = _modules[key](x[None])
+        _made[:] = [codebooks, made]
+    quantized, index, _ = _made[1](x[None])
     return [index[0], x - quantized[0]]
 
 

@@ -33,7 +33,7 @@ TK_INLINE void add_row(const T* from, int64_t stride, int64_t count, float* to) 
 }
 
 // Rows lie far apart for the processor to see the next one coming, the sums of its code farther.
-constexpr int64_t kAhead = 8, kFarApart = 64;
+constexpr int64_t kAhead = 8, kFarApart = 64, kBytesPerWork = 32;
 
 TK_INLINE void prefetch(const void* from, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64)
@@ -78,8 +78,11 @@ bool all_valid(const AccumulateCodes& p) {
 
 Status accumulate_codes(const AccumulateCodes& p, const Pool& pool) {
   if (!all_valid(p)) return Status::kBadValue;
+  if (p.groups == 0) return Status::kOk;
   const int64_t ranges = ranges_of(p, pool.threads);
-  const int64_t cost = p.x.rows * 4 + (p.x.rows + p.codes) * p.dim / kLanes / ranges;
+  // What fits the caches is added up sooner by one thread than another one wakes.
+  const int64_t bytes = (p.x.rows + p.codes) * p.dim * static_cast<int64_t>(sizeof(float)) / ranges;
+  const int64_t cost = bytes / kBytesPerWork;
   parallel_for(pool, p.groups * ranges, grain_of(cost), [&](int64_t begin, int64_t end) {
     for (int64_t number = begin; number < end; ++number) {
       const Part part = part_of(p, ranges, number);

@@ -216,7 +216,7 @@ double backward_block(const AggregateSoftBackward& p, const Cuts& cuts, const Ba
   const int64_t stride = ceil_div(cuts.slots, kLanes) * kLanes;
   const Terms terms = terms_at(scale, p.bias, p.mask, image, first);
   float* const keys = Given || !p.key_grad ? nullptr : sums_of<T>(p.key_grad, row, p.E, w.keys);
-  float* const values = sums_of<T>(p.value_grad, row, p.C, w.values);
+  float* const values = p.value_grad ? sums_of<T>(p.value_grad, row, p.C, w.values) : nullptr;
   float* const bias_grad = p.bias_grad ? p.bias_grad + row : nullptr;
   if (bias_grad) fill(bias_grad, tokens, 0.0f);
   if (p.M == 0 && keys) fill(keys, tokens * p.E, 0.0f);  // no block of slots to start the sums

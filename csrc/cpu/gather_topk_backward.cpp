@@ -31,6 +31,14 @@ void invert(const GatherTopkBackward& p, int64_t image, int32_t* place) {
   for (int64_t i = 0; i < count; ++i) place[p.index[first + i]] = static_cast<int32_t>(i);
 }
 
+// Every chosen token is one of 0…N−1.
+bool all_valid(const GatherTopkBackward& p) {
+  const int64_t count = p.offsets[p.batch] - p.batch * extra_rows(p);
+  int64_t bad = 0;
+  for (int64_t i = 0; i < count; ++i) bad |= (p.index[i] < 0) | (p.index[i] >= p.tokens);
+  return bad == 0;
+}
+
 TK_INLINE int lanes_left(int64_t channels, int64_t at) {
   return static_cast<int>(smaller<int64_t>(channels - at, kLanes));
 }
@@ -111,6 +119,7 @@ void scatter(const GatherTopkBackward& p, const GatherTopkBackward::Tensor& tens
 }  // namespace
 
 Status gather_topk_backward(const GatherTopkBackward& p, const Pool& pool) {
+  if (!all_valid(p)) return Status::kBadValue;
   if (p.fuse != Fuse::kNone) {
     std::memset(p.scores_gradient, 0, sizeof(float) * static_cast<size_t>(p.batch * p.tokens));
   }

@@ -264,7 +264,7 @@ template <class Body>
 void each_task(const MergeAdjacent& p, const Windows& w, const Pool& pool, int64_t begin,
                int64_t end, const Body& body) {
   const int64_t bytes = size_of(p.dtype) * p.channels * (w.length / w.tasks + 1);
-  parallel_for(pool, (end - begin) * w.tasks, 1 + kGrainBytes / bytes,
+  parallel_for(pool, (end - begin) * w.tasks, 1 + kGrainBytes / (1 + bytes),
                [&](int64_t from, int64_t to) {
                  for (int64_t task = from; task < to; ++task) {
                    const int64_t step = task % w.tasks;

@@ -114,7 +114,7 @@ TK_INLINE int64_t visible(const ScoreAttention& p, int64_t image, int64_t row) {
   const int64_t position =
       p.positions ? p.positions[image * p.position_strides[0] + row * p.position_strides[1]]
                   : length - p.rows + row;
-  return larger<int64_t>(0, smaller(length, position + 1));
+  return larger<int64_t>(0, smaller(length - 1, position) + 1);
 }
 
 TK_INLINE int tile_width(const Plan& plan, int64_t tile) {

@@ -74,7 +74,8 @@ Plan plan_for(const SlimTokens& p) {
   Arena workspace{nullptr}, sums{nullptr};
   take_workspace(p, rows, workspace);
   take_sums(p, sums);
-  return {tiles, rows, smaller(kSplits, p.batch * tiles), workspace.used, sums.used};
+  const int64_t splits = larger<int64_t>(1, smaller(kSplits, p.batch * tiles));
+  return {tiles, rows, splits, workspace.used, sums.used};
 }
 
 // The scratch of one call. The second w1 and w2 are for the products that lead back.
@@ -298,6 +299,7 @@ void run_of_tiles(const SlimTokensBackward& q, const Plan& plan, const Scratch& 
   std::memset(sums.norm_bias, 0, static_cast<size_t>(p.channels) * sizeof(float));
   const int64_t begin = part(p.batch * plan.tiles, split, plan.splits);
   const int64_t end = part(p.batch * plan.tiles, split + 1, plan.splits);
+  if (begin == end) std::memset(sums.w1, 0, static_cast<size_t>(plan.sums_bytes));  // no image
   for (int64_t item = begin; item < end; ++item) {
     if (item == begin || item % plan.tiles == 0) enter_image<T>(q, item / plan.tiles, w);
     tile_backward<T>(q, plan, s, item, item == begin, w, sums);

@@ -5,8 +5,12 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#ifdef __linux__
+#include <sched.h>
+#endif
 
 #include <algorithm>
+#include <exception>
 #include <memory>
 #include <string>
 #include <thread>
@@ -41,12 +45,17 @@ inline DType dtype_of(const array& a, const char* op) {
 // A stride in elements; kernels never take steps that are no whole number of them.
 inline int64_t stride_of(const array& a, int axis) { return a.strides(axis) / a.itemsize(); }
 
-// A C-ordered copy, where elements are not aligned (a field of a structured array, say).
-inline array elements(const array& a) {
+inline bool aligned(const array& a) {
   bool good = reinterpret_cast<uintptr_t>(a.data()) % static_cast<size_t>(a.itemsize()) == 0;
   for (int axis = 0; axis < a.ndim(); ++axis) good = good && a.strides(axis) % a.itemsize() == 0;
-  return good ? a
-              : array::ensure(a, array::c_style | array::forcecast).attr("copy")().cast<array>();
+  return good;
+}
+
+// A C-ordered copy, where elements are not aligned (a field of a structured array, say).
+inline array elements(const array& a) {
+  return aligned(a)
+             ? a
+             : array::ensure(a, array::c_style | array::forcecast).attr("copy")().cast<array>();
 }
 
 // A C-ordered copy, where the last dimension is not contiguous.
@@ -78,17 +87,33 @@ class Scratch {
   void* data_ = small_;
 };
 
-// Threads of this call only. Ranges below one grain run in the caller.
+// The cores that this process may run on.
+inline int cores() {
+#ifdef __linux__
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
+#endif
+  return static_cast<int>(std::thread::hardware_concurrency());
+}
+
+// Threads of this call only. Ranges below one grain run in the caller, and so do those for which
+// the system has no thread.
 inline Pool pool() {
-  static const int kThreads =
-      std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, 16);
+  static const int kThreads = std::clamp(cores(), 1, 16);
   return {[](int64_t count, int64_t grain, Pool::Body body, const void* context) {
             const int64_t parts = std::min<int64_t>(kThreads, (count + grain - 1) / grain);
             std::vector<std::thread> others;
-            for (int64_t part = 1; part < parts; ++part) {
-              others.emplace_back(body, context, count * part / parts, count * (part + 1) / parts);
+            int64_t part = 1;
+            try {
+              for (; part < parts; ++part) {
+                others.emplace_back(body, context, count * part / parts,
+                                    count * (part + 1) / parts);
+              }
+            } catch (const std::exception&) {
             }
             body(context, 0, count / std::max<int64_t>(parts, 1));
+            for (; part < parts; ++part)
+              body(context, count * part / parts, count * (part + 1) / parts);
             for (std::thread& other : others) other.join();
           },
           kThreads};

@@ -25,6 +25,12 @@ std::vector<Rows> rows_of(const Arrays& arrays, bool entries) {
   return result;
 }
 
+Arrays all_elements(const Arrays& arrays) {
+  Arrays result;
+  for (const array& a : arrays) result.push_back(elements(a));
+  return result;
+}
+
 std::vector<py::ssize_t> shape_of(const array& a, int64_t dims) {
   return {a.shape(), a.shape() + dims};
 }
@@ -37,9 +43,11 @@ CompactKv::Tensor tensor_of(const array& from, array& to) {
 
 // The arrays were checked by the Python front: shapes agree, integers are int64 or int32,
 // frequencies contiguous float32.
-py::tuple compact_kv_numpy(const Arrays& tensors, const Arrays& index, const Arrays& lengths,
+py::tuple compact_kv_numpy(const Arrays& tensors, const Arrays& index_in, const Arrays& lengths_in,
                            int64_t per_layer, bool fill, bool in_place, const py::object& inv_freq,
-                           const Arrays& old_positions, const Arrays& new_positions) {
+                           const Arrays& old_in, const Arrays& new_in) {
+  const Arrays index = all_elements(index_in), lengths = all_elements(lengths_in),
+               old_positions = all_elements(old_in), new_positions = all_elements(new_in);
   CompactKv p{};
   const auto of_layer = [&](size_t t) {
     return index.size() == 1 ? 0 : t / static_cast<size_t>(per_layer);
@@ -51,6 +59,10 @@ py::tuple compact_kv_numpy(const Arrays& tensors, const Arrays& index, const Arr
     const array& tensor = tensors[t];
     if (t % static_cast<size_t>(per_layer) == 0)
       layers.push_back({tensor.shape(1), tensor.shape(2)});
+    if (in_place && !inv_freq.is_none() && t % static_cast<size_t>(per_layer) == 0) {
+      check(aligned(tensor), "compact_kv",
+            "layers: allowed keys of aligned elements with rope in place");
+    }
     from.push_back(in_place ? tensor : rows_contiguous(tensor));
     const array& one = index[of_layer(t)];
     to.push_back(in_place ? tensor
@@ -86,7 +98,7 @@ py::tuple compact_kv_numpy(const Arrays& tensors, const Arrays& index, const Arr
   p.in_place = in_place;
   array frequencies;
   if (!inv_freq.is_none()) {
-    frequencies = py::cast<array>(inv_freq);
+    frequencies = elements(py::cast<array>(inv_freq));
     p.inv_freq = static_cast<const float*>(frequencies.data());
     p.half = frequencies.size();
     p.key_dtype = dtype_of(tensors[0], "compact_kv");

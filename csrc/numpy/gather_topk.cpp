@@ -27,6 +27,11 @@ py::tuple gather_topk_numpy(const std::vector<array>& inputs, const array& score
     p.keep_batch_stride = mask.strides(0);
     p.keep_token_stride = mask.strides(1);
   }
+  bool good = by_threshold || static_cast<int64_t>(budgets.size()) == p.batch;
+  for (const int64_t budget : budgets) {
+    good = good && (by_threshold || (budget >= 0 && budget <= p.tokens && (!dense || budget == k)));
+  }
+  check(good, "gather_topk", "k: allowed one int of 0…N per image");
   p.prefix = prefix;
   p.by_score = by_score;
   p.fuse = static_cast<Fuse>(fuse);

@@ -5,20 +5,22 @@
 
 namespace tk::bind {
 
-// x (B, P+N, C) and sizes (B, P+N), float32, or None.
+// x (B, P+N, C) and sizes (B, P+N), float32, or None. Returns the sizes that p points to.
 template <class Params>
-inline void set_inputs(const array& x, const py::object& size, const char* op, Params& p) {
+[[nodiscard]] inline py::object set_inputs(const array& x, const py::object& size, const char* op,
+                                           Params& p) {
   p.x = x.data();
   p.dtype = dtype_of(x, op);
   p.batch = x.shape(0);
   p.channels = x.shape(2);
   p.batch_stride = stride_of(x, 0);
   p.token_stride = stride_of(x, 1);
-  if (size.is_none()) return;
-  const auto sizes = py::reinterpret_borrow<array>(size);
+  if (size.is_none()) return size;
+  const array sizes = elements(py::reinterpret_borrow<array>(size));
   p.size = static_cast<const float*>(sizes.data());
   p.size_batch_stride = stride_of(sizes, 0);
   p.size_token_stride = stride_of(sizes, 1);
+  return sizes;
 }
 
 // Outputs with as many rows as there may be, and what of them there is in the end.

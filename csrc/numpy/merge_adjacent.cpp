@@ -12,7 +12,7 @@ py::tuple merge_adjacent_numpy(const array& input, const std::vector<int64_t>& g
                                const py::object& size, int64_t prefix, bool by_similarity) {
   const array x = rows_contiguous(input);
   MergeAdjacent p{};
-  set_inputs(x, size, "merge_adjacent", p);
+  const py::object sizes = set_inputs(x, size, "merge_adjacent", p);
   std::copy_n(grid.begin(), 3, p.grid);
   std::copy_n(window.begin(), 3, p.window);
   p.prefix = prefix;

@@ -9,7 +9,7 @@ py::tuple merge_runs_numpy(const array& input, float threshold, int64_t max_run,
                            const py::object& size, int64_t prefix, bool padded) {
   const array x = rows_contiguous(input);
   MergeRuns p{};
-  set_inputs(x, size, "merge_runs", p);
+  const py::object sizes = set_inputs(x, size, "merge_runs", p);
   p.length = x.shape(1);
   p.threshold = threshold;
   p.max_run = max_run;

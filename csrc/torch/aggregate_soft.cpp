@@ -53,6 +53,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> aggregate_soft_backward_cpu(
     bool need_scale) {
   const char* op = "aggregate_soft_backward";
   query = rows_contiguous(query);
+  // An expanded query has a gradient per image; batch stride 0 would have them added up.
+  if (query.dim() == 3 && query.stride(0) == 0) query = torch::stable::contiguous(query);
   key = rows_contiguous(key);
   value = rows_contiguous(value);
   AggregateSoftBackward p{};

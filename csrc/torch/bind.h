@@ -71,9 +71,11 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
   return empty(sizes.begin(), static_cast<int64_t>(sizes.size()), type);
 }
 
-// A copy whose last dimension is contiguous, where it was not.
+// A copy whose last dimension is contiguous, where it was not. A tensor of no dimension stays: what
+// checks its rank comes next.
 inline Tensor rows_contiguous(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
+  if (last < 0) return tensor;
   return tensor.stride(last) == 1 || tensor.size(last) <= 1 ? tensor
                                                             : torch::stable::contiguous(tensor);
 }
@@ -82,6 +84,7 @@ inline Tensor rows_contiguous(const Tensor& tensor) {
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {
+    check(bytes >= 0, "scratch", "sizes: allowed fewer than 2^63 bytes");
     if (bytes <= static_cast<int64_t>(sizeof small_)) return;
     large_ = empty({bytes + 64}, ScalarType::Byte);
     data_ = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(large_->data_ptr()) + 63) &

@@ -36,6 +36,7 @@ inline Codebooks codebooks_of(const Tensor& codebook, const char* op) {
   check(last == 1 || last == 2, op, "codebook: allowed (K, D) or (G, K, D)");
   check(codebook.size(last - 1) > 0 && codebook.size(last) > 0 && codebook.size(last) <= 512, op,
         "codebook: allowed at least one code of 1…512 dimensions");
+  check(codebook.size(last - 1) < int64_t{1} << 31, op, "codebook: allowed K below 2^31");
   return {codebook.data_ptr(),       dtype_of(codebook, op), last == 2 ? codebook.size(0) : 1,
           codebook.size(last - 1),   codebook.size(last),    last == 2 ? codebook.stride(0) : 0,
           codebook.stride(last - 1), codebook.stride(last)};

@@ -49,7 +49,8 @@ Tensor output_like(const Tensor& x, int64_t batch, int64_t rows, bool dense) {
 }
 
 GatherTopk::Tensor tensor_of(const Tensor& from, const Tensor& to, const GatherTopk& p) {
-  check(from.dim() >= 2 && from.size(0) == p.batch && from.size(1) == p.prefix + p.tokens,
+  check((from.dim() == 2 || from.dim() == 3) && from.size(0) == p.batch &&
+            from.size(1) == p.prefix + p.tokens,
         "gather_topk", "x: allowed (B, P+N) or (B, P+N, C)");
   const auto bytes = static_cast<int64_t>(from.element_size());
   const int64_t channels = from.dim() == 3 ? from.size(2) : 1;
@@ -67,6 +68,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> gather_topk_cpu(
     std::string fuse) {
   check(tensors.size() <= GatherTopk::kMaxTensors, "gather_topk", "x: allowed at most 16 tensors");
   check(scores.dim() == 2, "gather_topk", "scores: allowed (B, N)");
+  check(prefix >= 0, "gather_topk", "prefix: allowed 0 …");
   GatherTopk p{};
   set_scores(scores, p);
   set_keep(keep, p);
@@ -106,6 +108,17 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> gather_topk_cpu(
   return {outputs, index, offsets};
 }
 
+// Offsets of images that keep 0…N tokens each, as many as there are in the index.
+bool fits(const GatherTopkBackward& p, int64_t extra, int64_t chosen) {
+  bool good = p.offsets[0] == 0;
+  for (int64_t b = 0; b < p.batch && good; ++b) {
+    const int64_t end = p.offsets[b + 1];
+    good = end >= p.offsets[b] && end - p.offsets[b] >= extra &&
+           end - p.offsets[b] - extra <= p.tokens;
+  }
+  return good && p.offsets[p.batch] - p.batch * extra == chosen;
+}
+
 std::tuple<std::vector<Tensor>, Tensor> gather_topk_backward_cpu(std::vector<Tensor> gradients,
                                                                  Tensor index, Tensor offsets,
                                                                  std::vector<Tensor> tensors,
@@ -118,13 +131,19 @@ std::tuple<std::vector<Tensor>, Tensor> gather_topk_backward_cpu(std::vector<Ten
   check(
       gradients.size() <= GatherTopk::kMaxTensors && (!fused || gradients.size() == tensors.size()),
       op, "gradients: one per tensor, at most 16");
+  check(scores.dim() == 2, op, "scores: allowed (B, N)");
+  check(prefix >= 0, op, "prefix: allowed 0 …");
   p.batch = scores.size(0);
   p.tokens = scores.size(1);
   p.prefix = prefix;
-  check(index.is_contiguous() && offsets.is_contiguous() && offsets.numel() == p.batch + 1, op,
-        "index, offsets: those of the forward call");
+  check(index.scalar_type() == ScalarType::Long && offsets.scalar_type() == ScalarType::Long &&
+            (index.dim() == 1 || (dense && index.size(0) == p.batch)) && offsets.dim() == 1 &&
+            index.is_contiguous() && offsets.is_contiguous() && offsets.numel() == p.batch + 1,
+        op, "index, offsets: those of the forward call");
   p.index = static_cast<const int64_t*>(index.data_ptr());
   p.offsets = static_cast<const int64_t*>(offsets.data_ptr());
+  check(fits(p, prefix + fused, index.numel()), op,
+        "offsets: allowed 0, then the ends of images that keep 0…N tokens of the index each");
   Tensor scores_gradient = empty({fused ? p.batch : 0, fused ? p.tokens : 0}, ScalarType::Float);
   p.scores_gradient = static_cast<float*>(scores_gradient.data_ptr());
   p.scores = scores.data_ptr();
@@ -135,19 +154,25 @@ std::tuple<std::vector<Tensor>, Tensor> gather_topk_backward_cpu(std::vector<Ten
   for (size_t t = 0; t < gradients.size(); ++t) {
     gradients[t] = torch::stable::contiguous(gradients[t]);
     const Tensor& from = gradients[t];
-    const bool has_channels = from.dim() == (dense ? 3 : 2);
+    check(from.dim() == index.dim() || from.dim() == index.dim() + 1, op,
+          "gradients: shape of the output");
+    const bool has_channels = from.dim() == index.dim() + 1;
     const int64_t channels = has_channels ? from.size(from.dim() - 1) : 1, rows = prefix + p.tokens;
-    check(from.numel() == p.offsets[p.batch] * channels, op, "gradients: shape of the output");
+    check(dense ? from.size(0) == p.batch && from.size(1) == prefix + fused + index.size(1)
+                : from.size(0) == p.offsets[p.batch],
+          op, "gradients: shape of the output");
     results.push_back(has_channels ? empty({p.batch, rows, channels}, from.scalar_type())
                                    : empty({p.batch, rows}, from.scalar_type()));
     auto& tensor = p.tensors[p.tensor_count++];
     tensor = {from.data_ptr(), results.back().data_ptr(), nullptr, 0, 0,
               channels,        dtype_of(from, op)};
     if (!fused) continue;
+    check(tensors[t].scalar_type() == from.scalar_type() && tensors[t].dim() == 2 + has_channels &&
+              tensors[t].size(0) == p.batch && tensors[t].size(1) == rows &&
+              (!has_channels || tensors[t].size(2) == channels),
+          op, "tensors: those of the forward call");
     if (has_channels) tensors[t] = rows_contiguous(tensors[t]);
     const Tensor& x = tensors[t];
-    check(x.scalar_type() == from.scalar_type() && x.numel() == p.batch * rows * channels, op,
-          "tensors: those of the forward call");
     tensor.x = x.data_ptr();
     tensor.x_batch_stride = x.stride(0);
     tensor.x_token_stride = x.stride(1);
@@ -155,7 +180,7 @@ std::tuple<std::vector<Tensor>, Tensor> gather_topk_backward_cpu(std::vector<Ten
   const Pool threads = pool();
   Scratch scratch(gather_topk_backward_scratch(p, threads.threads));
   p.scratch = scratch.data();
-  gather_topk_backward(p, threads);
+  check(gather_topk_backward(p, threads), op, "index: allowed 0 … N−1");
   return {results, scores_gradient};
 }
 

@@ -14,6 +14,14 @@ void set_extents(const std::vector<int64_t>& from, int64_t (&to)[3]) {
   check(to[0] >= 1 && to[1] >= 1 && to[2] >= 1, "merge_adjacent", "grid, window: allowed 1 …");
 }
 
+// The product of the extents; negative where it overflows.
+int64_t product(const int64_t (&extents)[3]) {
+  int64_t result = extents[0];
+  const bool overflows = __builtin_mul_overflow(result, extents[1], &result) ||
+                         __builtin_mul_overflow(result, extents[2], &result);
+  return overflows ? -1 : result;
+}
+
 MergeAdjacent params_of(const Tensor& x, const std::vector<int64_t>& grid,
                         const std::vector<int64_t>& window, int64_t prefix) {
   const char* op = "merge_adjacent";
@@ -22,6 +30,9 @@ MergeAdjacent params_of(const Tensor& x, const std::vector<int64_t>& grid,
   MergeAdjacent p{};
   set_extents(grid, p.grid);
   set_extents(window, p.window);
+  for (int axis = 0; axis < 3; ++axis) {  // a window beyond the grid is none, however far beyond
+    if (p.window[axis] > p.grid[axis]) p.window[axis] = p.grid[axis] + 1;
+  }
   p.prefix = prefix;
   p.x = x.data_ptr();
   p.dtype = dtype_of(x, op);
@@ -29,13 +40,13 @@ MergeAdjacent params_of(const Tensor& x, const std::vector<int64_t>& grid,
   p.channels = x.size(2);
   p.batch_stride = x.stride(0);
   p.token_stride = x.stride(1);
-  check(prefix >= 0 && prefix + p.grid[0] * p.grid[1] * p.grid[2] == x.size(1), op,
+  check(prefix >= 0 && prefix <= x.size(1) && product(p.grid) == x.size(1) - prefix, op,
         "x: allowed (B, P+N, C) with N = ∏ grid");
-  check(p.window[0] * p.window[1] * p.window[2] >= 2, op, "window: allowed at least 2 tokens");
+  check(product(p.window) >= 2, op, "window: allowed at least 2 tokens, fewer than 2^63");
   return p;
 }
 
-void set_counts(const std::vector<int64_t>& counts, MergeAdjacent& p) {
+void set_counts(const std::vector<int64_t>& counts, bool dense, MergeAdjacent& p) {
   const char* op = "merge_adjacent";
   const auto size = static_cast<int64_t>(counts.size());
   check(size == 1 || (size > 1 && size == p.batch), op,
@@ -46,6 +57,7 @@ void set_counts(const std::vector<int64_t>& counts, MergeAdjacent& p) {
   for (int axis = 0; axis < 3; ++axis) windows *= p.grid[axis] / p.window[axis];
   for (const int64_t count : counts) {
     check(count >= 0 && count <= windows, op, "num_windows: allowed 0 … windows");
+    check(!dense || count == counts[0], op, "num_windows: allowed one for all where dense");
   }
 }
 
@@ -56,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_adjacent_cpu(
   const char* op = "merge_adjacent";
   x = rows_contiguous(x);
   MergeAdjacent p = params_of(x, grid, window, prefix);
-  const int64_t length = x.size(1), saved = p.window[0] * p.window[1] * p.window[2] - 1;
+  const int64_t length = x.size(1), saved = product(p.window) - 1;
   set_size(size, p.batch, length, op, p);
   p.threshold = static_cast<float>(threshold.value_or(0));
   p.uniform = dense && !counts;
@@ -64,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_adjacent_cpu(
   p.packed = !dense;
   int64_t rows = p.batch * length, each = length;  // at most, where a threshold decides
   if (counts) {
-    set_counts(*counts, p);
+    set_counts(*counts, dense, p);
     each -= (*counts)[0] * saved;
     for (int64_t b = 0; b < p.batch; ++b) rows -= p.counts[b * p.counts_stride] * saved;
   }

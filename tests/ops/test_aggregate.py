@@ -61,6 +61,28 @@ def test_queries_of_their_own_do_not_depend_on_the_batch(dtype: torch.dtype) -> 
             assert torch.equal(one[0], all_[image])
 
 
+def test_an_expanded_query_has_a_gradient_per_image() -> None:
+    shared, key, value = drawn(7, 12), drawn(3, 50, 12), drawn(3, 50, 9)
+
+    def gradient(*inputs: Tensor, backend: str) -> Tensor:
+        query, key, value = inputs
+        query = query.expand(3, 7, 12).requires_grad_()
+        tokens = tk.aggregate_soft(query, key, value, backend=backend)
+        return torch.autograd.grad(tokens.square().sum(), query)[0]
+
+    got = gradient(shared, key, value, backend="native")
+    want = gradient(shared.double(), key.double(), value.double(), backend="reference")
+    assert got.shape == want.shape and (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_operands_of_no_dimension_are_refused_in_words() -> None:
+    op, none = torch.ops.tokenkernels, torch.tensor(1.0)
+    with pytest.raises(RuntimeError, match="aggregate_soft: query, key, value: allowed"):
+        op.aggregate_soft(none, none, none, None, None, None, 1.0, False)
+    with pytest.raises(RuntimeError, match="aggregate_logits: logits, value: allowed"):
+        op.aggregate_logits(none, none, None)
+
+
 def test_one_token_is_every_slot() -> None:
     value = drawn(2, 1, 7)
     got = tk.aggregate_soft(drawn(4, 3), drawn(2, 1, 3), value)

@@ -127,6 +127,18 @@ def test_four_million_rows_that_are_one() -> None:
     assert sums.isfinite().all()
 
 
+def test_no_group_has_no_statistics() -> None:
+    x, index = torch.empty(4, 0, 3), torch.empty(4, 0, dtype=torch.int64)
+    counts, sums = torch.ops.tokenkernels.accumulate_codes(x, index, 5, True)
+    assert counts.shape == (0, 5) and sums.shape == (0, 5, 3)
+
+
+def test_more_codes_than_a_32_bit_number_counts_are_refused() -> None:
+    book = torch.ones(1, 4).expand(2**31, 4)
+    with pytest.raises(RuntimeError, match="assign_nearest: codebook: allowed K below"):
+        torch.ops.tokenkernels.assign_nearest(torch.ones(1, 4), book, "l2", False, False)
+
+
 def test_gradient_stops() -> None:
     x, book = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
     got = tk.assign_nearest(x, book, return_distance=True, return_codes=True)

@@ -47,3 +47,49 @@ def test_budgets_may_be_a_tensor() -> None:
     x, scores = torch.randn(2, 8, 4), torch.rand(2, 8)
     selected = tk.gather_topk(x, scores, torch.tensor([2, 5]))
     assert selected.offsets.tolist() == [0, 2, 7]
+
+
+def test_numpy_integers_are_a_budget_for_all_images() -> None:
+    x, scores = torch.randn(2, 8, 4), torch.rand(2, 8)
+    k = pytest.importorskip("numpy").int64(3)
+    assert torch.equal(tk.gather_topk(x, scores, k).tokens, tk.gather_topk(x, scores, 3).tokens)
+
+
+def backward(**changes: object) -> None:
+    scores = torch.rand(2, 8)
+    arguments = {
+        "gradients": [torch.randn(2, 4, 4)],
+        "index": torch.tensor([[0, 3, 7], [1, 2, 5]]),
+        "offsets": torch.tensor([0, 4, 8]),
+        "tensors": [torch.randn(2, 8, 4)],
+        "scores": scores,
+        "prefix": 0,
+        "fuse": "sum",
+    }
+    torch.ops.tokenkernels.gather_topk_backward(*(arguments | changes).values())
+
+
+def test_a_good_gradient_call_passes() -> None:
+    backward()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"index": torch.tensor([[0, 3, 8], [1, 2, 5]])}, "index"),
+        ({"index": torch.tensor([[0, -1, 7], [1, 2, 5]])}, "index"),
+        ({"index": torch.tensor([[0, 3, 7], [1, 2, 5]]).int()}, "index, offsets"),
+        ({"offsets": torch.tensor([0, 9, 8])}, "offsets"),
+        ({"offsets": torch.tensor([1, 4, 8])}, "offsets"),
+        ({"offsets": torch.tensor([0, 4, 9])}, "offsets"),
+        ({"offsets": torch.tensor([0, 4, 8]).int()}, "index, offsets"),
+        ({"prefix": -1}, "prefix"),
+        ({"scores": torch.rand(16)}, "scores"),
+        ({"gradients": [torch.randn(32)]}, "gradients"),
+        ({"gradients": [torch.randn(4, 2, 4)]}, "gradients"),
+        ({"tensors": [torch.randn(8, 2, 4)]}, "tensors"),
+    ],
+)
+def test_a_bad_gradient_call_is_refused(changes: dict[str, object], words: str) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=f"gather_topk_backward: {words}"):
+        backward(**changes)

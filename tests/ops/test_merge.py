@@ -33,6 +33,41 @@ def test_an_index_outside_the_gradient_is_refused() -> None:
             torch.ops.tokenkernels.merge_backward(grad, index, None, torch.ones(3))
 
 
+def test_tokens_without_channels_merge() -> None:
+    x = torch.empty(2, 37, 0)
+    for options in ({"threshold": 0.5}, {"threshold": 0.0}, {"num_windows": 3}):
+        got = tk.merge_adjacent(x, (6, 6), (2, 2), prefix=1, **options)
+        want = tk.merge_adjacent(x, (6, 6), (2, 2), prefix=1, **options, backend="reference")
+        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@native
+@pytest.mark.parametrize(
+    ("grid", "window", "counts", "prefix", "words"),
+    [
+        ([2**32, 1, 2**32], [2, 1, 2], None, 16, "x: allowed"),
+        ([4, 4], [2, 2], None, -1, "x: allowed"),
+        ([4, 4], [2, 2], [1, 2], 0, "num_windows: allowed one for all"),
+    ],
+)
+def test_the_kernel_refuses_what_would_leave_its_memory(
+    grid: list[int], window: list[int], counts: list[int] | None, prefix: int, words: str
+) -> None:
+    merge = torch.ops.tokenkernels.merge_adjacent
+    x = torch.randn(2, 16, 4)
+    with pytest.raises(RuntimeError, match=f"merge_adjacent: {words}"):
+        merge(x, grid, window, 0.5, counts, True, None, prefix, False)
+    with pytest.raises(RuntimeError, match="merge_adjacent: x: allowed"):
+        merge(x[0, 0, 0], [1], [2], 0.5, None, True, None, 0, False)
+
+
+@native
+def test_a_window_far_beyond_the_grid_merges_nothing() -> None:
+    x = torch.ones(2, 16, 4)
+    got = tk.merge_adjacent(x, (4, 1, 4), (2**62, 2**62, 2**62), threshold=0.0)
+    assert torch.equal(got.tokens, x.reshape(32, 4)) and got.size.eq(1).all()
+
+
 @native
 def test_beyond_two_to_the_31_elements() -> None:
     images, channels = 260, 2048

@@ -113,6 +113,19 @@ def test_offsets_beyond_two_to_the_31() -> None:
     assert torch.equal(tk.score_attention(query, key), tk.score_attention(query, key.contiguous()))
 
 
+def test_a_query_at_the_largest_position_sees_every_key() -> None:
+    query, key = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8)
+    positions = torch.full((1, 3), torch.iinfo(torch.int64).max)
+    got = tk.score_attention(query, key, causal=True, query_positions=positions)
+    assert torch.equal(got, tk.score_attention(query, key))
+
+
+def test_tokens_of_no_dimension_are_refused_in_words() -> None:
+    none, score = torch.tensor(1.0), torch.ops.tokenkernels.score_attention
+    with pytest.raises(RuntimeError, match="score_attention: query, key: allowed"):
+        score(none, none, None, False, None, None, None, None, 0, 1, "mean", True, False, 1)
+
+
 def test_no_gradient_flows() -> None:
     query = torch.randn(1, 2, 3, 8, requires_grad=True)
     assert not tk.score_attention(query, torch.randn(1, 2, 5, 8)).requires_grad

@@ -85,6 +85,16 @@ def test_without_the_kept_projection_the_gradient_is_the_same(native: None) -> N
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_image_gives_no_gradient(native: None, dtype: torch.dtype) -> None:
+    x = torch.empty(0, 300, 24, dtype=dtype, requires_grad=True)
+    inputs = [w.to(dtype).requires_grad_() for w in _arguments(24, 12, 5)]
+    scale = torch.tensor(1.5, requires_grad=True)
+    tk.slim_tokens(x, *inputs, scale).sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in (*inputs, scale))
+
+
 def test_a_nan_token_stays_in_its_image(native: None) -> None:
     x = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(4))
     weights = _arguments(16, 8, 4)

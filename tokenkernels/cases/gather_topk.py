@@ -58,6 +58,13 @@ def _hard_scores(t: Make) -> dict[str, Any]:
     return {"x": t.randn(4, 70, 3), "scores": scores, "k": 41, "order": "score"}
 
 
+def _near_threshold(t: Make) -> dict[str, Any]:
+    """Scores below the threshold that equal it once it is rounded to bfloat16 or float16."""
+    scores = t.rand(2, 50)
+    scores[:, ::4] = 153 / 256
+    return {"x": t.randn(2, 50, 7), "scores": scores, "threshold": 153 / 256 + 1e-4}
+
+
 def _strided(t: Make) -> dict[str, Any]:
     return {
         "x": t.randn(20, 3, 2, 8).transpose(0, 1)[:, :, 1],
@@ -98,6 +105,7 @@ CASES = [
     Case("score-order", _simple(2, 40, 16, k=13, order="score")),
     Case("ragged", _simple(3, 24, 6, prefix=1, k=[5, 0, 24])),
     Case("threshold", _simple(3, 50, 7, prefix=1, threshold=0.6)),
+    Case("threshold-near", _near_threshold),
     Case("threshold-fuse", _simple(2, 50, 33, threshold=0.5, order="score", fuse="mean")),
     Case("fuse-sum", _simple(2, 30, 70, prefix=1, k=9, fuse="sum")),
     Case("fuse-mean", _simple(2, 30, 18, k=30, fuse="mean")),

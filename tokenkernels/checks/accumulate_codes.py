@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import dtype, fail, flag, floating, integer, same_device
+from . import NUMPY, dtype, fail, flag, floating, integer, same_device
 from .codes import MAX_CODES
 
 OP = "accumulate_codes"
 
 
 def accumulate_codes(
-    x: Any, index: Any, codes: Any, grouped: Any, backend: str | None = None
+    x: Any, index: Any, codes: Any, grouped: Any, backend: str | None = NUMPY
 ) -> None:
     """Raises where an argument is off; values of `index` are looked at by the kernel."""
     floating(OP, "x", x, backend)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import dtype, floating, rank, same_device, same_dtype, shape
+from . import NUMPY, dtype, floating, rank, same_device, same_dtype, shape
 
 OP = "aggregate_logits"
 
 
-def aggregate_logits(logits: Any, value: Any, mask: Any, backend: str | None = None) -> None:
+def aggregate_logits(logits: Any, value: Any, mask: Any, backend: str | None = NUMPY) -> None:
     """Raises where an argument is off."""
     floating(OP, "logits", logits, backend)
     floating(OP, "value", value, backend)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import dtype, fail, flag, floating, number, rank, same_device, same_dtype, shape
+from . import NUMPY, dtype, fail, flag, floating, number, rank, same_device, same_dtype, shape
 
 OP = "aggregate_soft"
 
@@ -17,7 +17,7 @@ def aggregate_soft(
     bias: Any,
     mask: Any,
     return_weights: Any,
-    backend: str | None = None,
+    backend: str | None = NUMPY,
 ) -> None:
     """Raises where an argument is off."""
     floating(OP, "query", query, backend)

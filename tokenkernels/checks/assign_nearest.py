@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import choice, fail, flag, floating, same_device, same_dtype
+from . import NUMPY, choice, fail, flag, floating, same_device, same_dtype
 from .codes import codebooks
 
 OP = "assign_nearest"
@@ -16,7 +16,7 @@ def assign_nearest(
     metric: Any,
     return_distance: Any,
     return_codes: Any,
-    backend: str | None = None,
+    backend: str | None = NUMPY,
 ) -> None:
     """Raises where an argument is off."""
     floating(OP, "x", x, backend)

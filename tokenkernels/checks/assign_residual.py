@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import fail, floating, same_device, same_dtype
+from . import NUMPY, fail, floating, same_device, same_dtype
 from .codes import codebooks
 
 OP = "assign_residual"
 
 
-def assign_residual(x: Any, books: Any, backend: str | None = None) -> None:
+def assign_residual(x: Any, books: Any, backend: str | None = NUMPY) -> None:
     """Raises where an argument is off."""
     floating(OP, "x", x, backend)
     codebooks(OP, "codebooks", books, backend, 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from . import DTYPES, dtype, fail, floating, rank, same_dtype
+from . import DTYPES, NUMPY, dtype, fail, floating, numbers_of_numpy, rank, same_dtype
 
 OP = "compact_kv"
 INTEGERS = ("int64", "int32")
@@ -19,7 +19,7 @@ def check(
     inplace: Any,
     order: Any,
     rope: Any,
-    backend: str | None = None,
+    backend: str | None = NUMPY,
 ) -> None:
     """Raises ValueError or TypeError where the arguments of compact_kv do not fit together."""
     if not isinstance(order, str) or order not in ("stable", "fill"):
@@ -28,6 +28,9 @@ def check(
         fail(OP, "inplace", "a bool", repr(inplace), TypeError)
     shapes = _layers(layers)
     device = getattr(layers[0][0], "device", None)
+    if isinstance(device, str) is not (backend == NUMPY):
+        kind = "NumPy arrays of numbers" if backend == NUMPY else "torch tensors"
+        fail(OP, "layers", kind, type(layers[0][0]).__name__, TypeError)
     counts = _rows("index", index, shapes, device)
     if lengths is not None:
         _rows("lengths", lengths, shapes, device, entries=False)
@@ -41,6 +44,8 @@ def check(
 
 def in_place(shape: Sequence[int], strides: Sequence[int]) -> None:
     """Raises ValueError where rows could not be written in place: `strides` in elements."""
+    if 0 in shape:
+        return
     if shape[-1] > 1 and strides[-1] != 1:
         fail(OP, "layers", "a contiguous last dimension in place", f"strides {tuple(strides)}")
     reach = 1
@@ -66,8 +71,7 @@ def distinct(addresses: Sequence[int]) -> None:
 def arrays(arrays: Sequence[Any], inplace: bool) -> None:
     """Raises where NumPy arrays hold objects, or could not be written in place."""
     for array in arrays:
-        if not hasattr(array, "__array_interface__") or array.dtype.hasobject:
-            fail(OP, "layers", "NumPy arrays of numbers", type(array).__name__, TypeError)
+        numbers_of_numpy(OP, "layers", array)
         if inplace:
             if not array.flags.writeable:
                 fail(OP, "layers", "writeable arrays in place", "a read-only one")
@@ -114,7 +118,7 @@ def _rows(
         fail(OP, name, f"one tensor, or a list of one per layer ({len(shapes)})", len(value))
     counts = []
     for layer, one in enumerate(listed):
-        if getattr(one, "dtype", None) is None or DTYPES.get(one.dtype) not in INTEGERS:
+        if DTYPES.get(getattr(one, "dtype", None)) not in INTEGERS:
             dtype(OP, name, one, INTEGERS)
         if getattr(one, "device", None) != device:
             fail(OP, name, f"the device of layers ({device})", one.device)

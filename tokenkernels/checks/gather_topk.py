@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
-from . import choice, dtype, fail, floating, integer, number, rank, same_device, shape
+from . import NUMPY, choice, dtype, fail, floating, integer, number, rank, same_device, shape
 
 OP = "gather_topk"
 
@@ -18,7 +19,7 @@ def gather_topk(
     order: Any,
     threshold: Any,
     fuse: Any,
-    backend: str | None = None,
+    backend: str | None = NUMPY,
 ) -> list[int]:
     """Raises where an argument is off; returns the budgets: one for all images or one per image;
     [0] with a threshold.
@@ -55,15 +56,23 @@ def gather_topk(
     return _budgets(k, batch, tokens)
 
 
+def is_dense(k: Any) -> bool:
+    """k is one budget for all images: the outputs are (B, …)."""
+    return isinstance(k, (int, Integral))
+
+
 def _budgets(k: Any, batch: int, tokens: int) -> list[int]:
+    if isinstance(k, int):
+        integer(OP, "k", k, 0, tokens)
+        return [k]
     if hasattr(k, "tolist") and getattr(k, "ndim", 0) == 1:
         dtype(OP, "k", k, ("int64", "int32"))
         k = k.tolist()
     if not isinstance(k, (list, tuple)):
         integer(OP, "k", k, 0, tokens)
-        return [k]
+        return [int(k)]
     if len(k) != batch:
         fail(OP, "k", f"an int, or {batch} ints (one per image)", f"{len(k)} ints")
     for budget in k:
         integer(OP, "k", budget, 0, tokens)
-    return list(k)
+    return [budget if isinstance(budget, int) else int(budget) for budget in k]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import choice, dtype, fail, floating, integer, number, rank, same_device, shape
+from . import NUMPY, choice, dtype, fail, floating, integer, number, rank, same_device, shape
 
 OP = "merge_adjacent"
 
@@ -19,7 +19,7 @@ def merge_adjacent(
     prefix: Any,
     order: Any,
     batch: Any,
-    backend: str | None = None,
+    backend: str | None = NUMPY,
 ) -> list[int] | None:
     """Raises where an argument is off; returns how many windows merge: one int, one per image, or
     None with a threshold.
@@ -67,17 +67,20 @@ def _extents(name: str, value: Any) -> None:
     if not 1 <= len(value) <= 3:
         fail(OP, name, "1, 2 or 3 ints", f"{len(value)}")
     for extent in value:
-        if type(extent) is not int or extent < 1:
-            integer(OP, name, extent, 1)
+        if type(extent) is not int or not 1 <= extent <= 2**31:
+            integer(OP, name, extent, 1, 2**31)
 
 
 def _counts(num_windows: Any, images: int, windows: int, batch: str) -> list[int]:
+    if isinstance(num_windows, int):
+        integer(OP, "num_windows", num_windows, 0, windows)
+        return [num_windows]
     if hasattr(num_windows, "tolist") and getattr(num_windows, "ndim", 0) == 1:
         dtype(OP, "num_windows", num_windows, ("int64", "int32"))
         num_windows = num_windows.tolist()
     if not isinstance(num_windows, (list, tuple)):
         integer(OP, "num_windows", num_windows, 0, windows)
-        return [num_windows]
+        return [int(num_windows)]
     if batch == "uniform":
         fail(OP, "num_windows", 'one int with batch="uniform"', f"{len(num_windows)} ints")
     if len(num_windows) != images:
@@ -89,4 +92,4 @@ def _counts(num_windows: Any, images: int, windows: int, batch: str) -> list[int
         )
     for count in num_windows:
         integer(OP, "num_windows", count, 0, windows)
-    return list(num_windows) or [0]
+    return [count if isinstance(count, int) else int(count) for count in num_windows] or [0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import dtype, fail, floating, integer, number, rank, same_device, shape
+from . import NUMPY, dtype, fail, floating, integer, number, rank, same_device, shape
 
 OP = "merge_runs"
 
@@ -16,7 +16,7 @@ def merge_runs(
     size: Any,
     prefix: Any,
     padded: Any,
-    backend: str | None = None,
+    backend: str | None = NUMPY,
 ) -> None:
     """Raises where an argument is off."""
     known = floating(OP, "x", x, backend)

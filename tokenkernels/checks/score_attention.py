@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import choice, dtype, fail, floating, integer, number, rank, same_device, same_dtype, shape
+from . import (
+    NUMPY,
+    choice,
+    dtype,
+    fail,
+    floating,
+    integer,
+    number,
+    rank,
+    same_device,
+    same_dtype,
+    shape,
+)
 
 OP = "score_attention"
 MAX_POOL = 1023
@@ -24,7 +36,7 @@ def score_attention(
     heads: Any,
     reduce: Any,
     pool: Any,
-    backend: str | None = None,
+    backend: str | None = NUMPY,
 ) -> tuple[int, int, bool, bool]:
     """Raises where an argument is off; returns first and end column, and whether sum and maximum
     are wanted.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import fail, floating, number, rank, same_device, same_dtype, shape
+from . import NUMPY, fail, floating, number, rank, same_device, same_dtype, shape
 
 OP = "slim_tokens"
 NAMES = ("norm_weight", "norm_bias", "w1", "b1", "w2")
 
 
-def slim_tokens(tensors: tuple[Any, ...], scale: Any, eps: Any, backend: str | None = None) -> None:
+def slim_tokens(
+    tensors: tuple[Any, ...], scale: Any, eps: Any, backend: str | None = NUMPY
+) -> None:
     """Raises where x, norm_weight, norm_bias, w1, b1, w2 (`tensors`), scale or eps are off."""
     x, *weights = tensors
     floating(OP, "x", x, backend)

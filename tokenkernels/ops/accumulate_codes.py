@@ -51,10 +51,10 @@ def accumulate_codes(
                 [5.],
                 [0.]]))
     """
+    (x,) = autocast(x)
     _check(x, index, K, grouped, backend)
     if x.requires_grad:
         x = x.detach()
-    (x,) = autocast(x)
     return Accumulated(*OP(backend, x.device.type, x, index, K, grouped))
 
 

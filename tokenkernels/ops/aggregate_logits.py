@@ -48,8 +48,8 @@ def aggregate_logits(
         >>> tk.aggregate_logits(torch.zeros(1, 2, 1), tokens)
         tensor([[[2., 3.]]])
     """
-    _check(logits, value, mask, backend)
     logits, value = autocast(logits, value)
+    _check(logits, value, mask, backend)
     tokens, _ = OP(backend, value.device.type, logits, value, mask)
     return tokens
 

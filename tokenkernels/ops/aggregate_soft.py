@@ -66,8 +66,8 @@ def aggregate_soft(
         >>> tk.aggregate_soft(torch.tensor([[100.0, -100.0]]), tokens, tokens)
         tensor([[[1., 0.]]])
     """
-    _check(query, key, value, scale, bias, mask, return_weights, backend)
     query, key, value = autocast(query, key, value)
+    _check(query, key, value, scale, bias, mask, return_weights, backend)
     wide = torch.promote_types(query.dtype, torch.float32)
     scale_tensor = scale.to(wide) if isinstance(scale, Tensor) else None
     if bias is not None:

@@ -65,10 +65,10 @@ def assign_nearest(
         >>> tk.assign_nearest(torch.tensor([[0.9, 0.1]]), torch.eye(2), return_distance=True)[:2]
         (tensor([0]), tensor([0.0200]))
     """
+    x, codebook = autocast(x, codebook)
     _check(x, codebook, metric, return_distance, return_codes, backend)
     if x.requires_grad or codebook.requires_grad:
         x, codebook = x.detach(), codebook.detach()
-    x, codebook = autocast(x, codebook)
     index, distance, codes = OP(
         backend, x.device.type, x, codebook, metric, return_distance, return_codes
     )

@@ -48,10 +48,10 @@ def assign_residual(x: Tensor, codebooks: Tensor, *, backend: str | None = None)
         >>> tk.assign_residual(torch.tensor([[1.3]]), books).index
         tensor([[1, 1]])
     """
+    x, codebooks = autocast(x, codebooks)
     _check(x, codebooks, backend)
     if x.requires_grad or codebooks.requires_grad:
         x, codebooks = x.detach(), codebooks.detach()
-    x, codebooks = autocast(x, codebooks)
     return Residual(*OP(backend, x.device.type, x, codebooks))
 
 

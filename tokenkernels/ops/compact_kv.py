@@ -11,6 +11,7 @@ from torch import Tensor
 from .._op import Op
 from ..cases import compact_kv as cases
 from ..checks import compact_kv as check
+from ..checks import fail
 
 Layers = Sequence[Sequence[Tensor]]
 PerLayer = Tensor | Sequence[Tensor]
@@ -97,14 +98,18 @@ def compact_kv(
     per_layer, rows = len(layers[0]), _listed(index)
     inv_freq, old, new = rope or (None, None, None)
     if inv_freq is not None:
-        inv_freq = inv_freq.float().contiguous()
+        inv_freq = inv_freq.detach().float().contiguous()
     arguments = (
         rows, _listed(lengths), per_layer, order == "fill", inv_freq, _listed(old), _listed(new)
     )  # fmt: skip
     device = tensors[0].device.type
     if inplace:
         _check_in_place(tensors)
+    tensors = [t.detach() if t.requires_grad else t for t in tensors]
+    if inplace:
         counts, positions = IN_PLACE(backend, device, tensors, *arguments)
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(tensors)
         room = [one.shape[-1] for one in rows]
         moved = [
             t.narrow(2, 0, room[i // per_layer if len(room) > 1 else 0])
@@ -139,6 +144,8 @@ def _check_in_place(tensors: list[Tensor]) -> None:
     for tensor in tensors:
         if not tensor.is_contiguous():
             check.in_place(tensor.shape, tensor.stride())
+        if tensor.requires_grad and tensor.is_leaf and torch.is_grad_enabled():
+            fail("compact_kv", "layers (in place)", "no leaf that requires grad", "one")
     if not torch.compiler.is_compiling():
         check.distinct([tensor.data_ptr() for tensor in tensors if tensor.numel()])
 
@@ -285,6 +292,7 @@ OP = Op(
     bad=cases.BAD,
     cost=cases.cost,
     batch=("layers", "index", "lengths"),
+    casts=False,
 )
 
 IN_PLACE = Op(
@@ -296,4 +304,5 @@ IN_PLACE = Op(
     bad=[*cases.BAD, *cases.BAD_IN_PLACE],
     cost=cases.cost,
     batch=("layers", "index", "lengths"),
+    casts=False,
 )

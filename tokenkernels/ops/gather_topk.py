@@ -10,7 +10,9 @@ from torch import Tensor
 
 from .._op import Op, autocast
 from ..cases import gather_topk as cases
+from ..checks import floating
 from ..checks.gather_topk import gather_topk as _check
+from ..checks.gather_topk import is_dense
 
 
 class Selected(NamedTuple):
@@ -73,11 +75,15 @@ def gather_topk(
         >>> tk.gather_topk(x, scores, 2).index
         tensor([[1, 3]])
     """
-    one = isinstance(x, Tensor)
+    one = not isinstance(x, (list, tuple))
     tensors = (x,) if one else tuple(x)
+    tensors = tuple(autocast(t)[0] if getattr(t, "ndim", 0) == 3 else t for t in tensors)
     budgets = _check(tensors, scores, k, keep, prefix, order, threshold, fuse, backend)
-    tensors = autocast(*tensors)
-    ragged = k is not None and not isinstance(k, int)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t.requires_grad:
+                floating("gather_topk", "x (with a gradient)", t, backend)
+    ragged = k is not None and not is_dense(k)
     outputs, index, offsets = OP(
         backend,
         scores.device.type,
@@ -106,7 +112,7 @@ def _choose(
 ) -> Tensor:
     ranking = _ranking(scores)
     if threshold is not None:
-        chosen = scores >= threshold
+        chosen = scores.to(torch.promote_types(scores.dtype, torch.float32)) >= threshold
         if keep is not None:
             chosen = chosen | keep
     else:
@@ -295,4 +301,5 @@ OP = Op(
     backward=_backward,
     setup_context=_setup_context,
     batch=("x", "scores", "keep"),
+    sizes=("k",),
 )

@@ -86,9 +86,10 @@ def merge_adjacent(
         >>> tk.merge_adjacent(x, (4,), (2,), threshold=0.9).index
         tensor([[0, 0, 1, 2]])
     """
-    counts = _check(x, grid, window, threshold, num_windows, size, prefix, order, batch, backend)
     (x,) = autocast(x)
-    dense = batch == "uniform" or (num_windows is not None and not hasattr(num_windows, "__len__"))
+    counts = _check(x, grid, window, threshold, num_windows, size, prefix, order, batch, backend)
+    several = isinstance(num_windows, (list, tuple, Tensor))
+    dense = batch == "uniform" or (num_windows is not None and not several)
     return Merged(
         *OP(
             backend,
@@ -286,4 +287,5 @@ OP = Op(
     setup_context=_setup_context,
     compare=_compare,
     batch=("x", "size", "num_windows"),
+    sizes=("num_windows",),
 )

@@ -13,7 +13,7 @@ from ..checks.merge_runs import merge_runs as _check
 from ._merge import average, gradient, remember
 
 
-class Runs(NamedTuple):
+class Merged(NamedTuple):
     """What merge_runs returns."""
 
     tokens: Tensor
@@ -31,7 +31,7 @@ def merge_runs(
     prefix: int = 0,
     padded: bool = False,
     backend: str | None = None,
-) -> Runs:
+) -> Merged:
     """Merges every run of alike neighbours into its size-weighted mean, in the original order.
 
     Token t joins the run of token t−1 where their cosine (norms at least 1e-8) reaches `threshold`
@@ -71,9 +71,9 @@ def merge_runs(
         >>> tk.merge_runs(x, 0.9).index
         tensor([[0, 0, 1]])
     """
-    _check(x, threshold, max_run, size, prefix, padded, backend)
     (x,) = autocast(x)
-    return Runs(*OP(backend, x.device.type, x, threshold, max_run, size, prefix, padded))
+    _check(x, threshold, max_run, size, prefix, padded, backend)
+    return Merged(*OP(backend, x.device.type, x, threshold, max_run, size, prefix, padded))
 
 
 def _reference(

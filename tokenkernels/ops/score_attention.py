@@ -81,6 +81,7 @@ def score_attention(
         >>> tk.score_attention(query, key, causal=True).round(decimals=2)
         tensor([[1.0800, 1.0800, 0.5800, 0.2500]])
     """
+    query, key = autocast(query, key)
     first, end, total, top = _check(
         query,
         key,
@@ -96,7 +97,7 @@ def score_attention(
         pool,
         backend,
     )
-    query, key = autocast(_constant(query), _constant(key))
+    query, key = _constant(query), _constant(key)
     outputs = OP(
         backend,
         query.device.type,

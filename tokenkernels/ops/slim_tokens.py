@@ -60,9 +60,7 @@ def slim_tokens(
         >>> tk.slim_tokens(x, one, zero, w1, b1, w2).shape
         torch.Size([1, 98, 384])
     """
-    tensors = (x, norm_weight, norm_bias, w1, b1, w2)
-    if all(isinstance(t, Tensor) for t in tensors):
-        tensors = autocast(*tensors)
+    tensors = autocast(x, norm_weight, norm_bias, w1, b1, w2)
     _check(tensors, scale, eps, backend)
     learned = isinstance(scale, Tensor)
     keep = torch.is_grad_enabled() and (
