@@ -220,6 +220,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 def _differentiate_once(op: Op, run: Callable[..., Any], ctx: Any, *grads: Any) -> Any:
     """The gradients of `op`; where a graph of them is wanted, it ends in an error, not in zeros."""
+    assert op.backward is not None
     if not torch.is_grad_enabled():
         return op.backward(run, ctx, *grads)
 

@@ -126,7 +126,7 @@ def gather_topk(
 class Assigned(NamedTuple):
     """What assign_nearest returns; None for what was not asked for."""
 
-    index: Array
+    index: Array  # type: ignore[assignment]
     distance: Array | None
     codes: Array | None
 
@@ -148,7 +148,7 @@ def assign_nearest(
 class Residual(NamedTuple):
     """What assign_residual returns."""
 
-    index: Array
+    index: Array  # type: ignore[assignment]
     residual: Array
 
 
@@ -245,7 +245,7 @@ class Merged(NamedTuple):
 
     tokens: Array
     size: Array
-    index: Array
+    index: Array  # type: ignore[assignment]
     offsets: Array
 
 

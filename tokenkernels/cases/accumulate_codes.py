@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._case import Case, Make
+from .._case import Bad, Case, Make
 
 
 def _simple(shape: tuple[int, ...], codes: int, low: int = 0, **options: Any) -> Any:
@@ -50,7 +50,7 @@ CASES = [
     Case("6000x1024x128", _simple((6000, 128), 1024), ("bench",)),
 ]
 
-BAD = [
+BAD: list[Bad] = [
     (lambda kw: {"K": 0}, ValueError, "accumulate_codes: K: allowed 1"),
     (lambda kw: {"K": 2.0}, TypeError, "accumulate_codes: K: allowed an int"),
     (lambda kw: {"K": 3}, ValueError, "accumulate_codes: index: allowed -1"),

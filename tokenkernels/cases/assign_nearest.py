@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .._case import Case, Make
+from .._case import Bad, Case, Make
 
 
 def _simple(shape: tuple[int, ...], codes: int, **options: Any) -> Any:
@@ -143,7 +143,7 @@ CASES = [
     _bench(4096, 1024, 256, return_codes=True),
 ]
 
-BAD = [
+BAD: list[Bad] = [
     (
         lambda kw: {"metric": "l1"},
         ValueError,

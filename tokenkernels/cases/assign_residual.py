@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .._case import Case, Make
+from .._case import Bad, Case, Make
 
 
 def _simple(shape: tuple[int, ...], rounds: int, codes: int) -> Any:
@@ -54,7 +54,7 @@ CASES = [
     Case("dac 8192x9x1024x8", _simple((8192, 8), 9, 1024), ("bench",)),
 ]
 
-BAD = [
+BAD: list[Bad] = [
     (lambda kw: {"x": kw["x"].int()}, TypeError, "assign_residual: x: allowed a tensor of float32"),
     (lambda kw: {"x": kw["x"][..., 1:]}, ValueError, "assign_residual: x: allowed"),
     (

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._case import Case, Make, close
+from .._case import Bad, Case, Make, close
 
 
 def _shapes(
@@ -42,7 +42,8 @@ def _far(t: Make) -> dict[str, Any]:
 
 
 def cost(kwargs: dict[str, Any]) -> tuple[float, float]:
-    x, slots, hidden = kwargs["x"], *kwargs["w2"].shape
+    x = kwargs["x"]
+    slots, hidden = kwargs["w2"].shape
     batch, tokens, channels = x.shape
     numbers = batch * (tokens + slots) * channels + hidden * (channels + slots)
     macs = batch * tokens * (channels * hidden + hidden * slots + slots * channels)
@@ -92,7 +93,7 @@ CASES = [
     Case("sit-s stage 3 16x49x384 M=24", _shapes(16, 49, 384, 24), ("bench",)),
 ]
 
-BAD = [
+BAD: list[Bad] = [
     (lambda kw: {"x": kw["x"][0]}, ValueError, "slim_tokens: x: allowed 3 dimensions"),
     (lambda kw: {"x": kw["x"][:, :0]}, ValueError, "slim_tokens: x: allowed at least one token"),
     (

@@ -91,7 +91,7 @@ def _layers(layers: Any) -> list[Sequence[int]]:
             fail(OP, "layers", "a list of tuples (key, value, …)", f"{type(layer).__name__} in it")
         if len(layer) != len(layers[0]):
             fail(OP, "layers", f"{len(layers[0])} tensors in every layer", len(layer))
-        first = getattr(layer[0], "shape", ())
+        first: tuple[int, ...] = getattr(layer[0], "shape", ())
         for tensor in layer:
             shape = getattr(tensor, "shape", ())
             if len(shape) != 4:

@@ -67,8 +67,8 @@ def _extents(name: str, value: Any) -> None:
     if not 1 <= len(value) <= 3:
         fail(OP, name, "1, 2 or 3 ints", f"{len(value)}")
     for extent in value:
-        if type(extent) is not int or not 1 <= extent <= 2**31:
-            integer(OP, name, extent, 1, 2**31)
+        if type(extent) is not int or not 1 <= extent <= 2**62:
+            integer(OP, name, extent, 1)
 
 
 def _counts(num_windows: Any, images: int, windows: int, batch: str) -> list[int]:

@@ -17,7 +17,7 @@ from ._codes import near_enough, nearest, normalize
 class Assigned(NamedTuple):
     """What assign_nearest returns; None for what was not asked for."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     distance: Tensor | None
     codes: Tensor | None
 

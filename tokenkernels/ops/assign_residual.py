@@ -16,7 +16,7 @@ from ._codes import near_enough, nearest
 class Residual(NamedTuple):
     """What assign_residual returns."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     residual: Tensor
 
 

@@ -224,7 +224,8 @@ def _reference(
     outputs = []
     for layer in range(len(tensors) // per_layer):
         cache = tensors[layer * per_layer : (layer + 1) * per_layer]
-        sources, tokens = _of_layer(positions, layer, cache[0]), cache[0].shape[2]
+        sources = _of_layer(positions, layer, cache[0])
+        tokens: Any = cache[0].shape[2]
         if lengths:
             limit = _of_layer([rows.unsqueeze(-1) for rows in lengths], layer, cache[0])
             if ((limit < 0) | (limit > tokens)).any():

@@ -21,7 +21,7 @@ class Merged(NamedTuple):
 
     tokens: Tensor
     size: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     offsets: Tensor
 
 
@@ -133,7 +133,7 @@ def _ranks(
         .argsort(dim=1, descending=True, stable=True)
         .argsort(dim=1)
     )
-    if counts is None:
+    if threshold is not None:
         return place, (similarity >= threshold).sum(1)
     return place, torch.tensor(counts, device=place.device).expand(len(place))
 
@@ -202,6 +202,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, length, channels = x.shape
     saved = prod(window) - 1
+    rows: Any
     if counts is None:
         rows = torch.library.get_ctx().new_dynamic_size()
     else:

@@ -18,7 +18,7 @@ class Merged(NamedTuple):
 
     tokens: Tensor
     size: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     offsets: Tensor
 
 

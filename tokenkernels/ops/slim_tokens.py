@@ -63,9 +63,8 @@ def slim_tokens(
     tensors = autocast(x, norm_weight, norm_bias, w1, b1, w2)
     _check(tensors, scale, eps, backend)
     learned = isinstance(scale, Tensor)
-    keep = torch.is_grad_enabled() and (
-        any(t.requires_grad for t in tensors) or (learned and scale.requires_grad)
-    )
+    inputs = (*tensors, scale) if isinstance(scale, Tensor) else tensors
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     return OP(
         backend,
         x.device.type,
@@ -144,7 +143,9 @@ def _backward(
     *grads, scale_grad = run(
         BACKWARD, grad, *tensors, scale_tensor, ctx.scale, ctx.eps, tokens, lse, projected
     )
-    return *grads, scale_grad.to(scale_tensor.dtype) if ctx.learned else None, None, None, None
+    if scale_tensor is None:
+        return *grads, None, None, None, None
+    return *grads, scale_grad.to(scale_tensor.dtype), None, None, None
 
 
 def _backward_reference(
