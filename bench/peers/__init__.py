@@ -32,6 +32,21 @@ class Peer:
     gradient: bool = True
 
 
+def roughly(
+    got: list[torch.Tensor],
+    want: list[torch.Tensor],
+    low: list[torch.Tensor],
+    kwargs: dict[str, Any],
+) -> None:
+    """For peers that round in between: up to eight times the error of the reference itself."""
+    for number, (g, w, r) in enumerate(zip(got, want, low, strict=True)):
+        assert g.shape == w.shape, f"output {number}: shape {tuple(g.shape)}"
+        eps = torch.finfo(torch.float32).eps
+        own, scale = (r.double() - w).abs().max().item(), w.abs().max().item()
+        error, bound = (g.double() - w).abs().max().item(), max(8 * own, 64 * eps * scale)
+        assert error <= bound, f"output {number}: error {error:.3g}, bound {bound:.3g}"
+
+
 COMPILED = " (compiled)"
 
 
