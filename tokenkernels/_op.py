@@ -22,9 +22,8 @@ from ._case import Bad, Case, Make, close
 __all__ = ["OPS", "Case", "Make", "Op", "autocast", "close", "tensors_in"]
 
 LIB = torch.library.Library("tokenkernels", "DEF")
-LIB.define(
-    "fill(Tensor x, float value) -> Tensor"
-)  # CUDA only: doctor asks it whether the build's GPU code runs
+# CUDA only: doctor asks it whether the GPU code of this build runs.
+LIB.define("fill(Tensor x, float value) -> Tensor")
 OPS: dict[str, Op] = {}
 BACKENDS = ("native", "triton", "reference")
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
