@@ -74,6 +74,8 @@ class Op:
     """The arguments whose first dimension counts independent images: test_ops slices them."""
     casts: bool = True
     """Whether autocast reaches this op; False where rows move as bytes."""
+    launches: Callable[[dict[str, Any]], tuple[int, int]] | None = None
+    """The most launches a call takes on a GPU, forward and backward; a memset or a copy counts."""
     sizes: tuple[str, ...] = ()
     """The integer arguments that decide a shape: test_ops_torch varies them."""
 
@@ -90,6 +92,8 @@ class Op:
             LIB.impl(f"{self.name}.triton", self._triton, "CompositeExplicitAutograd")
         for device in DEVICES:
             for backend in (None, *BACKENDS):
+                if (backend or DEFAULT_BACKEND, device) == ("triton", "cpu"):
+                    continue  # only where it is asked for: the answer loads Triton
                 chosen = self._choose(backend or DEFAULT_BACKEND, device)
                 if chosen:
                     self.overloads[backend, device] = self._kinds[chosen]
@@ -114,7 +118,7 @@ class Op:
         return getattr(module, self.name)(*args)
 
     def _choose(self, backend: str | None, device: str) -> str | None:
-        order = (backend,) if backend else BACKENDS
+        order = (backend,) if backend else BACKENDS if device != "cpu" else ("native", "reference")
         return next((kind for kind in order if self.why_not(kind, device) is None), None)
 
     def why_not(
@@ -131,8 +135,12 @@ class Op:
                 f"tokenkernels::{self.name}", key
             ):
                 return f"the shared object has no {self.name} for {device}"
-        if backend == "triton" and "triton" not in self._kinds:
-            return f"there is no Triton kernel of {self.name}"
+        if backend == "triton":
+            if "triton" not in self._kinds:
+                return f"there is no Triton kernel of {self.name}"
+            if reason := _no_triton(device):
+                return reason
+            self.overloads.setdefault(("triton", device), self._kinds["triton"])
         reason = self.supports.get(backend)
         if callable(reason):
             return reason(kwargs) if kwargs is not None else None
@@ -143,7 +151,7 @@ class Op:
         named = backend is None or isinstance(backend, str)
         overload = self.overloads.get((backend, device)) if named else None
         if overload is None:
-            raise self._refusal(backend, device)
+            overload = self._late(backend, device)
         if torch.compiler.is_compiling():
             return overload(*args)
         if _recorder is not None:
@@ -154,6 +162,13 @@ class Op:
             if str(error).startswith(f"{self.name}: "):
                 raise ValueError(str(error).split("\n")[0]) from None
             raise
+
+    def _late(self, backend: str | None, device: str) -> Any:
+        """The overload of a backend that is looked for when it is first asked for, or a refusal."""
+        if (backend or DEFAULT_BACKEND) == "triton" and self.why_not("triton", device) is None:
+            self.overloads[backend, device] = self._kinds["triton"]
+            return self._kinds["triton"]
+        raise self._refusal(backend, device)
 
     def _refusal(self, backend: str | None, device: str) -> Exception:
         if backend is not None and backend not in BACKENDS:
@@ -200,6 +215,16 @@ class Op:
         """The same for gradients, which pass through twice the sums of the forward, of products."""
         length = self.gradient_length or (lambda kwargs: 4 * self.length(kwargs))
         close(got, want, low, length(kwargs))
+
+
+def _no_triton(device: str) -> str | None:
+    """Why no Triton kernel runs on `device`; on a CPU its interpreter does, for tests."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device == "cuda":
+        return None
+    launch = importlib.import_module("tokenkernels.triton._launch")
+    return None if launch.INTERPRETED else "Triton needs a GPU (or TRITON_INTERPRET=1)"
 
 
 def _run(kind: str, op: Op, *args: Any) -> Any:

@@ -76,4 +76,5 @@ BACKWARD = Op(
     fake=_backward_fake,
     cases=cases.CASES,
     cost=cases.cost,
+    launches=lambda kwargs: (1, 0),
 )

@@ -1,0 +1,232 @@
+"""Compiles every Triton kernel that the bench shapes launch to cubins, without a GPU.
+
+`python tests/ahead_of_time.py [--only TEXT] [--capabilities 80 90 100]` prints a line of JSON for
+each. It runs in a process of its own: here kernels are compiled, not interpreted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tokenkernels import ops
+from tokenkernels._case import Make
+from tokenkernels._op import OPS, Op, tensors_in
+from tokenkernels.triton import _launch
+
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.bool: "i1",
+}
+Job = tuple[str, bool, dict[str, str], dict[str, Any], dict[str, int], int, int]
+
+
+class Shapes(Make):
+    """Draws tensors that have no values."""
+
+    def __init__(self, seed: str, dtype: torch.dtype) -> None:
+        super().__init__(seed, dtype, "meta")
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+
+    rand = randn
+
+    def randint(self, low: int, high: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int64, device="meta")
+
+    def permutation(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int64, device="meta")
+
+    def bool(self, probability: float, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bool, device="meta")
+
+
+class Dry:
+    """Inside, Triton ops only record what they would launch, and what torch would between."""
+
+    def __init__(self, device: str, capability: int) -> None:
+        self.device, self.capability = device, capability
+        self.launches: list[_launch.Launch] = []
+        self.copies: list[str] = []
+        self.syncs = 0
+
+    def __enter__(self) -> Dry:
+        self.kept = {op: op._kinds["triton"] for op in OPS.values() if "triton" in op._kinds}
+        for op in self.kept:
+            op._kinds["triton"] = op.overloads["triton", self.device] = partial(self._run, op)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for op, overload in self.kept.items():
+            op._kinds["triton"] = op.overloads["triton", self.device] = overload
+
+    def _run(self, op: Op, *args: Any) -> Any:
+        with _launch.recording(False, self.capability) as record, _Copies() as copies:
+            result = op._triton(*args)
+        self.launches += record.launches
+        self.syncs += record.syncs
+        self.copies += copies.names
+        return result
+
+
+class _Copies(TorchDispatchMode):
+    """Notes the torch calls that would launch something: all but views and fresh memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = function.overloadpacket.__name__
+        if function.namespace == "aten" and not function.is_view and "empty" not in name:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def launches(op: Op, kwargs: dict[str, Any], device: str, capability: int) -> tuple[Dry, Dry]:
+    """What a call launches, forward and backward."""
+    with Dry(device, capability) as forward:
+        op.run(kwargs, "triton")
+    backward = Dry(device, capability)
+    inputs = [t for n in op.differentiable for t in tensors_in(kwargs.get(n))]
+    inputs = [t.requires_grad_() for t in inputs if t.dtype.is_floating_point]
+    op.overloads["triton", device] = op._kinds["triton"]
+    outputs = [t for t in op.run(kwargs, "triton") if t.requires_grad] if inputs else []
+    if outputs:
+        seeds = [torch.empty_like(t) for t in outputs]
+        with backward:
+            torch.autograd.grad(outputs, inputs, seeds, allow_unused=True)
+    return forward, backward
+
+
+def described(launch: _launch.Launch, capability: int) -> Job:
+    """Types, constants and alignments of a launch, as Triton would see them."""
+    values = dict(zip(launch.kernel.arguments, launch.arguments, strict=True))
+    signature, constants, attributes = {}, launch.config.blocks | launch.constants, {}
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            signature[name], known = "*" + TYPES[value.dtype], True
+        elif value is None or (name.endswith("_stride") and value == 1 and launch.aligned):
+            signature[name], known = "constexpr", False
+            constants[name] = value
+        elif isinstance(value, bool):
+            signature[name], known = "i1", False
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            known = name.endswith("_stride") and value % 16 == 0
+        else:
+            signature[name], known = "fp32", False
+        if known and launch.aligned:
+            attributes[name] = 16
+    signature |= dict.fromkeys(constants, "constexpr")
+    module = launch.kernel.vector.__module__
+    name = f"{module}:{launch.kernel.name}"
+    return (
+        name,
+        launch.aligned,
+        signature,
+        constants,
+        attributes,
+        launch.config.warps,
+        launch.config.stages,
+    )
+
+
+def jobs(only: str, capability: int) -> Iterator[tuple[Job, int]]:
+    """Every distinct compilation that the bench cases ask for."""
+    seen = set()
+    for op in list(OPS.values()):
+        if "triton" not in op._kinds or only not in op.name:
+            continue
+        for case in op.cases:
+            for dtype in case.dtypes if "bench" in case.tags else ():
+                kwargs = case.make(Shapes(case.id, dtype))
+                both = launches(op, kwargs, "meta", capability)
+                for launch in both[0].launches + both[1].launches:
+                    job = described(launch, capability)
+                    if (key := repr(job)) not in seen:
+                        seen.add(key)
+                        yield job, capability
+
+
+def compiled(work: tuple[Job, int]) -> dict[str, Any]:
+    """Registers, spills and shared memory of one kernel."""
+    (name, aligned, signature, constants, attributes, warps, stages), capability = work
+    module, function = name.split(":")
+    kernel = getattr(__import__(module, fromlist=[function]), function)
+    jit = kernel.vector if aligned else kernel.scalar
+    order = jit.arg_names
+    source = ASTSource(
+        jit,
+        {n: signature[n] for n in order},
+        {(order.index(n),): v for n, v in constants.items()},
+        {(order.index(n),): [["tt.divisibility", v]] for n, v in attributes.items()},
+    )
+    options = {"num_warps": warps, "num_stages": stages}
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    mma = sorted(
+        set(re.findall(r"wgmma\.mma_async\S*|mma\.sync\S*|tcgen05\.mma\S*", binary.asm["ptx"]))
+    )
+    return {
+        "kernel": name,
+        "capability": capability,
+        "aligned": aligned,
+        "types": " ".join(signature[n] for n in order if signature[n] != "constexpr"),
+        "constants": {n: v for n, v in constants.items()},
+        "warps": warps,
+        "shared": binary.metadata.shared,
+        "mma": mma,
+        **resources(binary.asm["cubin"]),
+    }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """What cuobjdump reads: registers per thread, and bytes of local memory, where spills go."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}
+    return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 90, 100])
+    options = parser.parse_args()
+    ops.load()
+    work = [job for capability in options.capabilities for job in jobs(options.only, capability)]
+    with multiprocessing.Pool(2) as pool:
+        for result in pool.imap_unordered(compiled, work):
+            print(json.dumps(result, default=str), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The Triton room as a whole: launches, tables, compilation ahead of time; names no op."""
+
+from __future__ import annotations
+
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from trial import DEVICE, arguments, every_case
+
+from tokenkernels import triton as room
+from tokenkernels._op import Case, Op
+
+pytest.importorskip("triton")
+from ahead_of_time import launches
+
+from tokenkernels.triton import _launch
+
+ROOT = Path(__file__).parents[1]
+MODULES = [import_module(f"{room.__name__}.{m.name}") for m in pkgutil.iter_modules(room.__path__)]
+TABLES = {
+    f"{module.__name__}.{name}": value
+    for module in MODULES
+    for name, value in vars(module).items()
+    if isinstance(value, _launch.Table)
+}
+
+
+@every_case
+def test_launches_are_as_many_as_promised(op: Op, case: Case) -> None:
+    """Forward and backward; a copy that torch makes counts as a launch, and no threshold form
+    synchronises more than once.
+    """
+    if reason := op.why_not("triton", DEVICE):
+        pytest.skip(reason)
+    kwargs = arguments(op, case)
+    assert op.launches is not None, f"{op.name} does not say how many launches it takes"
+    for dry, promised in zip(launches(op, kwargs, DEVICE, 90), op.launches(kwargs), strict=True):
+        assert dry.syncs <= 1
+        names = [launch.kernel.name for launch in dry.launches] + dry.copies
+        assert len(names) <= promised, f"{promised} promised, {len(names)} made: {names}"
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_a_table_has_an_answer_to_every_call(name: str, capability: int) -> None:
+    table = TABLES[name]
+    for size in (2, 4):
+        for width in (1, 8, 12, 64, 128, 384, 768, 1024, 4096, 16384):
+            first = table.choose(size, width, capability)
+            assert first == table.choose(size, width, capability)
+            assert first.warps in (1, 2, 4, 8, 16) and all(b > 0 for b in first.blocks.values())
+
+
+def test_every_kernel_compiles_ahead_of_time_without_spills() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "ahead_of_time.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    spilled = [
+        f"{k['kernel']} sm_{k['capability']} {k['types']} {k['constants']}"
+        for k in kernels
+        if k["spilled"]
+    ]
+    assert not spilled, spilled
+    assert {k["capability"] for k in kernels} == {80, 90, 100}
+    seen = {k["kernel"] for k in kernels}
+    defined = {
+        f"{module.__name__}:{name}"
+        for module in MODULES
+        for name, value in vars(module).items()
+        if isinstance(value, _launch.Kernel) and value.vector.__module__ == module.__name__
+    }
+    assert defined <= seen, f"no bench case reaches {defined - seen}"
+
+
+LANGUAGE = """
+    abs advance arange associative_scan atomic_add atomic_cas atomic_xchg bfloat16 broadcast_to
+    cast cdiv constexpr cumsum debug_barrier dot exp exp2 expand_dims float16 float32 flip full
+    gather histogram int1 int16 int32 int64 int8 join load log log2 max maximum max_contiguous
+    min minimum multiple_of num_programs permute pointer_type program_id range reduce reshape
+    sigmoid sort split sqrt static_assert static_range store sum tensor topk trans uint16 uint32
+    uint64 uint8 view where xor_sum zeros zeros_like erf fma rsqrt floor math cos sin
+"""
+
+
+def test_kernels_keep_to_what_triton_3_6_has() -> None:
+    for path in (ROOT / "tokenkernels" / "triton").glob("*.py"):
+        used = set(re.findall(r"\btl\.([a-z]\w+)", path.read_text()))
+        assert used <= set(LANGUAGE.split()), f"{path.name}: {used - set(LANGUAGE.split())}"

@@ -1,0 +1,185 @@
+"""How a kernel of this room is launched: its two compilations, the shapes of its blocks, a record
+for whoever counts launches or compiles ahead of time.
+
+Bits must not depend on where a tensor happens to lie. Triton compiles loads by alignment, and with
+them the order of sums along the loaded axis; so alignment is decided by shape: rows of a multiple
+of 16 elements are always read aligned (`aligned` copies what is not), all others never.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+LANE = 16
+"""Elements: Triton knows of a stride only whether 16 divides it."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The blocks of one launch by the names of the kernel's constants, and how it is scheduled."""
+
+    blocks: dict[str, int]
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of a table: for these element sizes, up to this width, from this capability on."""
+
+    config: Config
+    width: int = 1 << 62
+    bytes: tuple[int, ...] = (2, 4)
+    capability: int = 80
+
+
+@dataclass
+class Table:
+    """The block shapes of one kernel: the first entry that admits a call decides."""
+
+    entries: list[Entry]
+    candidates: list[Config] = field(default_factory=list)
+    """What a sweep tries besides the entries."""
+    forced: Config | None = None
+    """What a sweep is trying now."""
+
+    def choose(self, element_size: int, width: int, capability: int) -> Config:
+        """A pure function of shape, dtype and architecture."""
+        for e in self.entries:
+            if element_size in e.bytes and width <= e.width and capability >= e.capability:
+                return self.forced or e.config
+        raise ValueError(f"no entry for {element_size} bytes, width {width}, sm_{capability}")
+
+
+class Kernel:
+    """A Triton function compiled in two ways: for rows known to be aligned, and for any.
+
+    Integers are run-time values that never compile anew; only of those whose names end in
+    `_stride` Triton learns whether 16 divides them.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        names = [
+            name
+            for name, parameter in inspect.signature(function).parameters.items()
+            if "constexpr" not in str(parameter.annotation)
+        ]
+        sizes = [name for name in names if not name.endswith(("_ptr", "_stride"))]
+        self.name = function.__name__
+        self.arguments = names
+        self.vector = triton.jit(function, do_not_specialize=sizes)
+        self.scalar = triton.jit(
+            function, do_not_specialize=names, do_not_specialize_on_alignment=names
+        )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch, as it is recorded."""
+
+    kernel: Kernel
+    aligned: bool
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    config: Config
+
+
+@dataclass
+class Record:
+    """What took place inside `recording`."""
+
+    launches: list[Launch] = field(default_factory=list)
+    syncs: int = 0
+
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether numpy stands in for a GPU (TRITON_INTERPRET=1 when Triton was first imported)."""
+
+_record: Record | None = None
+_run = True
+_capability: int | None = None
+
+
+def launch(
+    kernel: Kernel,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    config: Config,
+    aligned: bool = True,
+    **constants: Any,
+) -> None:
+    """Launches `kernel` on the device of its first tensor; nothing where the grid is empty."""
+    if 0 in grid:
+        return
+    if _record is not None:
+        _record.launches.append(Launch(kernel, aligned, grid, arguments, constants, config))
+    if not _run:
+        return
+    function = kernel.vector if aligned else kernel.scalar
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        function[grid](*arguments, **config.blocks, **constants, **options)
+
+
+@contextmanager
+def recording(run: bool = True, capability: int | None = None) -> Iterator[Record]:
+    """Notes the launches inside; without `run` none takes place, and tensors may be on the meta
+    device.
+    """
+    global _record, _run, _capability
+    before = _record, _run, _capability
+    _record, _run, _capability = Record(), run, capability
+    try:
+        yield _record
+    finally:
+        _record, _run, _capability = before
+
+
+def capability(device: torch.device) -> int:
+    """The compute capability as in sm_90; the interpreter plays an sm_90."""
+    if _capability is not None:
+        return _capability
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def to_host(counts: Tensor) -> Tensor:
+    """The one synchronisation of a threshold form."""
+    if _record is not None:
+        _record.syncs += 1
+    if not _run:
+        return torch.frombuffer(bytearray(8 * counts.numel()), dtype=torch.int64).view(counts.shape)
+    return counts.cpu()
+
+
+def is_aligned(width: int) -> bool:
+    """Whether rows of `width` elements are read aligned."""
+    return width % LANE == 0
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x` itself where its rows can be read as its width promises, else a copy."""
+    strides = [s for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1]
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        return x.contiguous()
+    if not is_aligned(x.shape[-1]):
+        return x
+    good = x.data_ptr() % 16 == 0 and all(s % LANE == 0 for s in strides)
+    return x if good else x.clone(memory_format=torch.contiguous_format)
+
+
+def blocks(length: int, block: int) -> int:
+    """How many blocks cover a length."""
+    return -(-length // block)

@@ -1,0 +1,31 @@
+"""What kernels of this room share inside: the matrix product that keeps its tensor cores, and the
+one place that knows of the interpreter.
+"""
+
+import triton
+import triton.language as tl
+
+from tokenkernels.triton._launch import INTERPRETED as _INTERPRETED
+
+INTERPRETED = tl.constexpr(_INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a·b in float32; operands keep their dtype on a GPU, and float32 is multiplied exactly.
+
+    Where numpy stands in for a GPU they are widened, after rounding to that dtype.
+    """
+    if INTERPRETED:
+        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def store(pointer, value, mask):
+    """Stores `value` in the dtype of the pointer, rounded to nearest even."""
+    if INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
+    tl.store(pointer, value.to(pointer.dtype.element_ty), mask)
