@@ -138,8 +138,8 @@ class Op:
         if backend == "triton":
             if "triton" not in self._kinds:
                 return f"there is no Triton kernel of {self.name}"
-            if reason := _no_triton(device):
-                return reason
+            if missing := _no_triton(device):
+                return missing
             self.overloads.setdefault(("triton", device), self._kinds["triton"])
         reason = self.supports.get(backend)
         if callable(reason):
