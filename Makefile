@@ -3,6 +3,7 @@
 #   make build       .venv with the pinned requirements, and the native code in place (tokenkernels/*.so)
 #   make bench       checks, then times every op against what people use today; QUICK=1 takes under 2 minutes
 #   make test        all tests; SANITIZE=1 runs the op tests on a build with address and undefined-behaviour checks
+#   make gpu         on a machine with an NVIDIA GPU: checks, measures, records; BUDGET=seconds ONLY="words" PYTHON=python3
 #   make lint        ruff, mypy and clang-format, as pinned; `make format` mends what they can mend
 #   make clean       removes what was built; `make distclean` the environment too
 #
@@ -22,11 +23,11 @@ SANITIZED := tests/test_ops.py tests/test_numpy.py $(wildcard tests/ops)
 PRELOAD = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 
-.PHONY: help build bench test lint format clean distclean
+.PHONY: help build bench gpu test lint format clean distclean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '3,9s/^#//p' Makefile
+	@sed -n '3,10s/^#//p' Makefile
 
 $(VENV)/installed: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +46,10 @@ build: build/$(VARIANT).stamp
 
 bench: build
 	$(RUN) -m bench $(if $(call ENABLED,$(QUICK)),--quick)
+
+# No environment is made here: such machines bring their own, and often have no network.
+gpu:
+	PYTHONPATH=.:python $(PYTHON) -m bench.gpu --budget $(or $(BUDGET),540) --only "$(ONLY)" --out "$(OUT)"
 
 test: build
 	$(if $(filter sanitize,$(VARIANT)),$(PRELOAD) $(RUN) -m pytest $(SANITIZED),$(RUN) -m pytest)

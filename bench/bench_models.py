@@ -48,7 +48,7 @@ def run(quick: bool) -> list[Record]:
     with report.progress(console) as bar, torch.inference_mode():
         task = bar.add_task("models", total=len(names) * len(batches))
         for name in names:
-            forms = _forms(VARIANTS[name])
+            forms = forms_of(VARIANTS[name])
             for batch in batches:
                 records += list(_rows(name, forms, photographs(batch), 2.5 if quick else 6.0))
                 bar.advance(task)
@@ -77,14 +77,17 @@ def photographs(batch: int, size: int = 224) -> Tensor:
     return normal.contiguous()
 
 
-def _forms(config: SiTConfig) -> dict[tuple[str, bool], tuple[SiTConfig, Callable[[Tensor], Any]]]:
+def forms_of(
+    config: SiTConfig, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[tuple[str, bool], tuple[SiTConfig, Callable[[Tensor], Any]]]:
     """(form, slimmed or not) → what it computes, and how; the two forms share their weights."""
     forms: dict[tuple[str, bool], tuple[SiTConfig, Callable[[Tensor], Any]]] = {}
     for slim in (False, True):
         torch.manual_seed(0)
         model = SiT(replace(config, slim=slim)).eval()
+        forms["ours", slim] = model.config, model.fold_for_inference().to(device, dtype)
+        model = model.to(device, dtype)
         forms["official", slim] = model.config, lambda x, m=model: official_sit.forward(m, x)[0]
-        forms["ours", slim] = model.config, model.fold_for_inference()
     return forms
 
 
@@ -96,15 +99,22 @@ def _rows(name: str, forms: Any, images: Tensor, seconds: float) -> Iterator[Rec
     calls = {key: lambda f=function: f(images) for key, (_, function) in forms.items()}
     samples = timing.alternate(calls, seconds, (5, 25))
     times = {key: statistics.median(values) for key, values in samples.items()}
+    yield from records(name, forms, times, len(images))
+
+
+def records(
+    name: str, forms: Any, times: dict[tuple[str, bool], float], batch: int
+) -> Iterator[Record]:
+    """One record per form, dense and slimmed, from the seconds that each takes."""
     for (form, slim), (config, _) in forms.items():
         macs, dense = config.macs(), forms[form, False][0].macs()
         faster, theory = times[form, False] / times[form, slim], dense / macs
         yield {
             "model": name if slim else f"{name}, dense",
             "form": form,
-            "batch": len(images),
+            "batch": batch,
             "ms": times[form, slim] * 1e3,
-            "images/s": len(images) / times[form, slim],
+            "images/s": batch / times[form, slim],
             "GMAC": macs / 1e9,
             "faster": faster,
             "in theory": theory,

@@ -55,20 +55,20 @@ class Row:
     samples_ms: list[float] = field(default_factory=list)
 
 
-def cells(quick: bool = False, only: str = "") -> list[Cell]:
+def cells(quick: bool = False, only: str = "", device: str = "cpu") -> list[Cell]:
     """Forward in float32 first, the other dtypes, the gradients; when `quick`, the first case of
     each op in float32 only.
 
     `only` keeps the cells in whose name it stands.
     """
     forward = [
-        Cell(op, case, dtype)
+        Cell(op, case, dtype, device=device)
         for dtype in (DTYPES[:1] if quick else DTYPES)
         for op in OPS.values()
         for case in [case for case in op.cases if "bench" in case.tags][: 1 if quick else None]
         if dtype in case.dtypes
     ]
-    backward = [Cell(c.op, c.case, c.dtype, True) for c in forward if c.op.differentiable]
+    backward = [Cell(c.op, c.case, c.dtype, True, device) for c in forward if c.op.differentiable]
     return [cell for cell in forward + backward if only in str(cell)]
 
 

@@ -17,8 +17,7 @@ from bench.peers import COMPILED, Peer, peers_of
 from tokenkernels._case import Case
 from tokenkernels._op import Op, tensors_in
 
-DEVICE = "cpu"
-OURS = ("native",)
+OURS = {"cpu": ("native",), "cuda": ("native", "triton")}
 """Triton runs in its interpreter on a CPU, which there is no point in timing."""
 WIDE_LIMIT = 2**29
 """Inputs of more bytes are not repeated in float64: there the reference in their own dtype is the
@@ -37,13 +36,14 @@ class Cell:
     case: Case
     dtype: torch.dtype
     gradient: bool = False
+    device: str = "cpu"
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.op.name} · {self.case.id} · {dtype}" + self.gradient * " · +backward"
 
     def kwargs(self) -> Kwargs:
-        return self.case.kwargs(self.dtype, DEVICE)
+        return self.case.kwargs(self.dtype, self.device)
 
     def mode(self) -> AbstractContextManager[Any]:
         return torch.enable_grad() if self.gradient else torch.inference_mode()
@@ -82,7 +82,11 @@ class Truth:
 def names(cell: Cell) -> list[str]:
     """Every contender of a cell, whether it will be timed or not."""
     peers = peers_of(cell.op.name).items()
-    return [*OURS, "reference", *(name for name, peer in peers if takes_part(cell, peer))]
+    return [
+        *OURS[cell.device],
+        "reference",
+        *(name for name, peer in peers if takes_part(cell, peer)),
+    ]
 
 
 def takes_part(cell: Cell, peer: Peer) -> bool:
@@ -94,8 +98,8 @@ def takes_part(cell: Cell, peer: Peer) -> bool:
 def contenders(cell: Cell) -> list[Contender]:
     compare = cell.op.check_gradients if cell.gradient else cell.op.check
     found = [
-        Contender(name, "ours" if name in OURS else "reference", backend(cell.op, name), compare)
-        for name in (*OURS, "reference")
+        Contender(name, role, backend(cell.op, name), compare)
+        for name, role in [*((name, "ours") for name in OURS[cell.device]), ("reference",) * 2]
     ]
     for name, peer in peers_of(cell.op.name).items():
         if takes_part(cell, peer):
@@ -151,7 +155,9 @@ def truth(cell: Cell, kwargs: Kwargs) -> Truth:
 
 def judge(cell: Cell, contender: Contender, kwargs: Kwargs, truth: Truth) -> Verdict:
     """Runs a contender once on the input of the cell and holds what it gives against the truth."""
-    if contender.role == "ours" and (reason := cell.op.why_not(contender.name, DEVICE, kwargs)):
+    if contender.role == "ours" and (
+        reason := cell.op.why_not(contender.name, cell.device, kwargs)
+    ):
         return Verdict(left_out=reason)
     try:
         outputs = prepared(cell, fresh(cell, kwargs), contender.function)()

@@ -32,3 +32,18 @@ def native() -> None:
     """Tests of the shared object are skipped where it is not built."""
     if _native.WHY_NOT:
         pytest.skip(_native.WHY_NOT)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--op", help="of the registry's tests only those of this op")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--op")
+    if wanted:
+        items[:] = [i for i in items if _op_of(i) in (None, wanted)]
+
+
+def _op_of(item: pytest.Item) -> str | None:
+    parameters = getattr(item, "callspec", None)
+    return getattr(parameters and parameters.params.get("op"), "name", None)

@@ -276,7 +276,7 @@ def autocast(*values: Any) -> tuple[Any, ...]:
     if not values or not isinstance(values[0], torch.Tensor):
         return values
     kind = values[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind not in DEVICES or not torch.is_autocast_enabled(kind):
         return values
     dtype = torch.get_autocast_dtype(kind)
     return tuple(

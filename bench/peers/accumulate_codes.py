@@ -17,7 +17,7 @@ def one_hot(x: Tensor, index: Tensor, K: int) -> list[Tensor]:
 
 def index_add(x: Tensor, index: Tensor, K: int) -> list[Tensor]:
     """bincount and index_add."""
-    sums = torch.zeros(K, x.shape[-1]).index_add_(0, index, x.float())
+    sums = torch.zeros(K, x.shape[-1], device=x.device).index_add_(0, index, x.float())
     return [torch.bincount(index, minlength=K), sums]
 
 

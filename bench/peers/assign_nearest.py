@@ -27,8 +27,10 @@ def cdist(x: Tensor, codebook: Tensor, metric: str = "l2", **_: Any) -> list[Ten
     return [torch.cdist(x, codebook).argmin(-1)] if metric == "l2" else NotImplemented
 
 
-def faiss_flat(x: Tensor, codebook: Tensor, metric: str = "l2", **_: Any) -> list[Tensor]:
+def faiss_flat(x: Tensor, codebook: Tensor, metric: str = "l2", **_: Any) -> list[Tensor] | Any:
     """faiss's exact search on torch's number of threads."""
+    if x.device.type != "cpu":
+        return NotImplemented
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())
@@ -63,7 +65,7 @@ def module(
 
     if not _made or _made[0] is not codebook:
         codes, dim = codebook.shape
-        made = VectorQuantize(dim, codes, use_cosine_sim=metric == "cosine").eval()
+        made = VectorQuantize(dim, codes, use_cosine_sim=metric == "cosine").eval().to(x.device)
         made._codebook.embed.data.copy_(codebook)
         _made[:] = [codebook, made]
     quantized, index, _ = _made[1](x[None])

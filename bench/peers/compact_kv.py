@@ -42,7 +42,7 @@ def along_tokens(layers: Any, index: Tensor, **_: Any) -> list[Tensor]:
 def _sorted_rows(rows: Tensor) -> Tensor:
     """The rows of every head in an order of their own: by a weighted sum of their elements."""
     rows = rows.double()
-    order = (rows @ torch.linspace(1, 2, rows.shape[-1], dtype=rows.dtype)).argsort(-1)
+    order = (rows @ torch.linspace(1, 2, rows.shape[-1]).to(rows)).argsort(-1)
     return rows.gather(2, order[..., None].expand_as(rows))
 
 

@@ -33,7 +33,7 @@ def _but_for_ties(
 ) -> None:
     """torch.topk breaks ties as it likes: nine in ten rows are the reference's."""
     assert got[0].shape == want[0].shape
-    direction = torch.linspace(0.5, 1.5, got[0].shape[-1], dtype=torch.float64)
+    direction = torch.linspace(0.5, 1.5, got[0].shape[-1]).to(want[0].device, torch.float64)
     for ours, theirs in zip(want[0].double() @ direction, got[0].double() @ direction, strict=True):
         right = torch.isin(theirs, ours).double().mean().item()
         assert right >= 0.9, f"{right:.0%} of the rows are those of the reference"

@@ -63,7 +63,11 @@ def in_place(shape: Sequence[int], strides: Sequence[int]) -> None:
 
 
 def distinct(addresses: Sequence[int]) -> None:
-    """Raises ValueError where two tensors are one memory: in place it would be compacted twice."""
+    """Raises ValueError where two tensors are one memory: in place it would be compacted twice.
+
+    Address 0 is that of tensors without memory.
+    """
+    addresses = [address for address in addresses if address]
     if len(set(addresses)) < len(addresses):
         fail(OP, "layers", "tensors that share no memory in place", "one of them twice")
 
