@@ -23,6 +23,8 @@ SECONDS = {True: 100.0, False: 540.0}
 def main(arguments: list[str] | None = None) -> int:
     """Returns 1 where one of our own kernels failed its comparison, or the models did not run."""
     options = _options(arguments)
+    if options.tune:
+        return _tune(options.tune)
     settings.restart(options.threads)
     start = time.perf_counter()
     # Only now: torch starts its threads when it is imported.
@@ -66,7 +68,23 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--save", metavar="NAME", help="also write bench/results/NAME.json, to be committed"
     )
+    parser.add_argument(
+        "--tune", metavar="OP", help="sweep the block shapes of its Triton kernels, on a GPU"
+    )
     return parser.parse_args(arguments)
+
+
+def _tune(op: str) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        print("bench: --tune needs a GPU")
+        return 1
+    from bench import report
+    from bench.gpu import tune
+
+    report.console().print(report.drawn(tune.sweep(op)))
+    return 0
 
 
 def _models(quick: bool) -> tuple[list[dict[str, Any]], str]:
