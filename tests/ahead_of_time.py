@@ -38,7 +38,7 @@ TYPES = {
     torch.int8: "i8",
     torch.bool: "i1",
 }
-Job = tuple[str, bool, dict[str, str], dict[str, Any], dict[str, int], int, int]
+Job = tuple[str, bool, dict[str, Any], dict[Any, Any], dict[Any, int], int, int]
 
 
 class Shapes(Make):
@@ -124,35 +124,35 @@ def launches(op: Op, kwargs: dict[str, Any], device: str, capability: int) -> tu
 
 def described(launch: _launch.Launch, capability: int) -> Job:
     """Types, constants and alignments of a launch, as Triton would see them."""
-    values = dict(zip(launch.kernel.arguments, launch.arguments, strict=True))
-    signature, constants, attributes = {}, launch.config.blocks | launch.constants, {}
-    for name, value in values.items():
-        if isinstance(value, torch.Tensor):
-            signature[name], known = "*" + TYPES[value.dtype], True
-        elif value is None or (name.endswith("_stride") and value == 1 and launch.aligned):
-            signature[name], known = "constexpr", False
-            constants[name] = value
-        elif isinstance(value, bool):
-            signature[name], known = "i1", False
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            known = name.endswith("_stride") and value % 16 == 0
-        else:
-            signature[name], known = "fp32", False
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = {(n,): v for n, v in launch.config.blocks.items()}
+    constants |= {(n,): v for n, v in launch.constants.items()}
+    attributes: dict[Any, int] = {}
+
+    def see(place: tuple[Any, ...], value: Any) -> Any:
+        is_stride = place[0].endswith(("_stride", "_strides"))
+        if isinstance(value, tuple):
+            return tuple(see((*place, number), item) for number, item in enumerate(value))
+        if value is None or (is_stride and value == 1 and launch.aligned):
+            constants[place] = value
+            return "constexpr"
+        known = isinstance(value, torch.Tensor) or (is_stride and value % 16 == 0)
         if known and launch.aligned:
-            attributes[name] = 16
-    signature |= dict.fromkeys(constants, "constexpr")
-    module = launch.kernel.vector.__module__
-    name = f"{module}:{launch.kernel.name}"
-    return (
-        name,
-        launch.aligned,
-        signature,
-        constants,
-        attributes,
-        launch.config.warps,
-        launch.config.stages,
-    )
+            attributes[place] = 16
+        if isinstance(value, torch.Tensor):
+            return "*" + TYPES[value.dtype]
+        if isinstance(value, bool):
+            return "i1"
+        if isinstance(value, int):
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+        return "fp32"
+
+    for name, value in zip(launch.kernel.arguments, launch.arguments, strict=True):
+        signature[name] = see((name,), value)
+    signature |= {key[0]: "constexpr" for key in constants if len(key) == 1}
+    name = f"{launch.kernel.vector.__module__}:{launch.kernel.name}"
+    schedule = launch.config.warps, launch.config.stages
+    return name, launch.aligned, signature, constants, attributes, *schedule
 
 
 def jobs(only: str, capability: int) -> Iterator[tuple[Job, int]]:
@@ -179,11 +179,15 @@ def compiled(work: tuple[Job, int]) -> dict[str, Any]:
     kernel = getattr(__import__(module, fromlist=[function]), function)
     jit = kernel.vector if aligned else kernel.scalar
     order = jit.arg_names
+
+    def place(key: tuple[Any, ...]) -> tuple[int, ...]:
+        return order.index(key[0]), *key[1:]
+
     source = ASTSource(
         jit,
         {n: signature[n] for n in order},
-        {(order.index(n),): v for n, v in constants.items()},
-        {(order.index(n),): [["tt.divisibility", v]] for n, v in attributes.items()},
+        {place(key): value for key, value in constants.items()},
+        {place(key): [["tt.divisibility", value]] for key, value in attributes.items()},
     )
     options = {"num_warps": warps, "num_stages": stages}
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -194,8 +198,8 @@ def compiled(work: tuple[Job, int]) -> dict[str, Any]:
         "kernel": name,
         "capability": capability,
         "aligned": aligned,
-        "types": " ".join(signature[n] for n in order if signature[n] != "constexpr"),
-        "constants": {n: v for n, v in constants.items()},
+        "types": " ".join(str(signature[n]) for n in order if signature[n] != "constexpr"),
+        "constants": {".".join(map(str, key)): value for key, value in constants.items()},
         "warps": warps,
         "shared": binary.metadata.shared,
         "mma": mma,

@@ -72,7 +72,8 @@ class Kernel:
             for name, parameter in inspect.signature(function).parameters.items()
             if "constexpr" not in str(parameter.annotation)
         ]
-        sizes = [name for name in names if not name.endswith(("_ptr", "_stride"))]
+        known = ("_ptr", "_ptrs", "_stride", "_strides")
+        sizes = [name for name in names if not name.endswith(known)]
         self.name = function.__name__
         self.arguments = names
         self.vector = triton.jit(function, do_not_specialize=sizes)
@@ -126,7 +127,8 @@ def launch(
         return
     function = kernel.vector if aligned else kernel.scalar
     options = {"num_warps": config.warps, "num_stages": config.stages}
-    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    flat = (a for b in arguments for a in (b if isinstance(b, tuple) else (b,)))
+    device = next(a.device for a in flat if isinstance(a, Tensor))
     with torch.cuda.device(device if device.type == "cuda" else -1):
         function[grid](*arguments, **config.blocks, **constants, **options)
 
