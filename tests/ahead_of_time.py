@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tokenkernels import ops
-from tokenkernels._case import Make
+from tokenkernels._case import Case, Make
 from tokenkernels._op import OPS, Op, tensors_in
 from tokenkernels.triton import _launch
 
@@ -34,6 +34,7 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.int16: "i16",
     torch.uint8: "u8",
     torch.int8: "i8",
     torch.bool: "i1",
@@ -156,20 +157,28 @@ def described(launch: _launch.Launch, capability: int) -> Job:
 
 
 def jobs(only: str, capability: int) -> Iterator[tuple[Job, int]]:
-    """Every distinct compilation that the bench cases ask for."""
-    seen = set()
-    for op in list(OPS.values()):
-        if "triton" not in op._kinds or only not in op.name:
-            continue
-        for case in op.cases:
-            for dtype in case.dtypes if "bench" in case.tags else ():
-                kwargs = case.make(Shapes(case.id, dtype))
-                both = launches(op, kwargs, "meta", capability)
-                for launch in both[0].launches + both[1].launches:
-                    job = described(launch, capability)
-                    if (key := repr(job)) not in seen:
-                        seen.add(key)
-                        yield job, capability
+    """Every distinct compilation that the bench cases ask for; of kernels that none of them
+    reaches, those of the test cases.
+    """
+    seen: set[str] = set()
+    reached: set[str] = set()
+    for tag in ("bench", "test"):
+        before = set(reached)
+        for op in list(OPS.values()):
+            if "triton" not in op._kinds or only not in op.name:
+                continue
+            for case in op.cases:
+                for dtype in case.dtypes if tag in case.tags else ():
+                    for job in _asked(op, case, dtype, capability):
+                        reached.add(job[0])
+                        if job[0] not in before and repr(job) not in seen:
+                            seen.add(repr(job))
+                            yield job, capability
+
+
+def _asked(op: Op, case: Case, dtype: torch.dtype, capability: int) -> Iterator[Job]:
+    both = launches(op, case.make(Shapes(case.id, dtype)), "meta", capability)
+    yield from (described(launch, capability) for launch in both[0].launches + both[1].launches)
 
 
 def compiled(work: tuple[Job, int]) -> dict[str, Any]:

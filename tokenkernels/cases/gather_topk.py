@@ -98,6 +98,17 @@ def cost(kwargs: dict[str, Any]) -> tuple[float, float]:
     return moved + fused + scores.numel() * scores.element_size(), 0
 
 
+def launches(kwargs: dict[str, Any]) -> tuple[int, int]:
+    """One up to 8192 tokens, or 1024 that are ranked; one more for a threshold or a fused token,
+    and for every 16 budgets of single images.
+    """
+    (batch, tokens), k, fuse = kwargs["scores"].shape, kwargs.get("k"), bool(kwargs.get("fuse"))
+    ranked = kwargs.get("order") == "score" and tokens > 1024
+    budgets = 0 if k is None or isinstance(k, int) else -(-batch // 16)
+    selecting = 2 if tokens > 8192 or ranked else 1
+    return selecting + (k is None) + fuse + budgets, 1 + fuse
+
+
 CASES = [
     Case("k", _simple(3, 37, 19, k=11)),
     Case("k-all-prefix", _simple(2, 16, 8, prefix=2, k=16)),

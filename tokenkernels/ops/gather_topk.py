@@ -285,6 +285,7 @@ BACKWARD = Op(
     reference=_backward_reference,
     fake=_backward_fake,
     cases=[],
+    launches=lambda kwargs: (2 if kwargs["fuse"] else 1, 0),
 )
 
 OP = Op(
@@ -302,4 +303,5 @@ OP = Op(
     setup_context=_setup_context,
     batch=("x", "scores", "keep"),
     sizes=("k",),
+    launches=cases.launches,
 )

@@ -37,7 +37,7 @@ class Entry:
 
     config: Config
     width: int = 1 << 62
-    bytes: tuple[int, ...] = (2, 4)
+    bytes: tuple[int, ...] = (1, 2, 4, 8)
     capability: int = 80
 
 
@@ -105,6 +105,10 @@ class Record:
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether numpy stands in for a GPU (TRITON_INTERPRET=1 when Triton was first imported)."""
 
+PROGRAMS = 8 if INTERPRETED else 528
+"""Programs that fill a large GPU, four for each of 132 multiprocessors: how work is shared where
+sharing changes no bits. The interpreter runs one after another.
+"""
 _record: Record | None = None
 _run = True
 _capability: int | None = None
