@@ -10,7 +10,7 @@ def ordered(scores):
     wide = scores.to(tl.float32)
     wide = tl.where(wide == 0, 0.0, wide)
     bits = wide.to(tl.uint32, bitcast=True)
-    key = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
+    key = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return tl.where(wide == wide, key, 0)
 
 
