@@ -131,6 +131,25 @@ def test_fields_of_structured_arrays() -> None:
     assert np.array_equal(want.lengths, got.lengths)
 
 
+def test_score_attention_copies_what_is_not_aligned() -> None:
+    def shifted(a: Any) -> Any:
+        moved = np.frombuffer(b"\0" + a.tobytes(), a.dtype, offset=1).reshape(a.shape)
+        assert moved.flags.c_contiguous and not moved.flags.aligned
+        return moved
+
+    query, key = X[:, None, :3], X[:, None]
+    arrays = {
+        "query_positions": np.tile(np.array([2, 5, 6]), (len(X), 1)),
+        "key_lengths": np.full(len(X), 6),
+        "lse": np.full(query.shape[:3], 1.5, np.float32),
+        "row_weights": np.full((len(X), 3), 0.25, np.float32),
+    }
+    want = tkn.score_attention(query, key, causal=True, **arrays)
+    moved = {name: shifted(a) for name, a in arrays.items()}
+    got = tkn.score_attention(shifted(query), shifted(key), causal=True, **moved)
+    assert np.array_equal(want, got)
+
+
 def test_an_empty_cache_is_compacted_in_place() -> None:
     empty = np.zeros((0, 2, 5, 4), np.float32)
     tkn.compact_kv([(empty, empty.copy())], np.array([0, 1]), inplace=True)
