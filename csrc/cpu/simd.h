@@ -169,9 +169,16 @@ TK_INLINE void store(T* to, Floats value, int count) {
 
 TK_INLINE Floats select(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
 
+// a > b ? a : b and a < b ? a : b: b where one is NaN.
+#if defined(__AVX512F__)
+TK_INLINE Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+
+TK_INLINE Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+#else
 TK_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
 TK_INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
+#endif
 
 // The upper half of `width` lanes in the place of the lower; what lies in the others does not
 // matter.
