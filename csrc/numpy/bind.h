@@ -58,11 +58,14 @@ inline array elements(const array& a) {
              : array::ensure(a, array::c_style | array::forcecast).attr("copy")().cast<array>();
 }
 
+// The elements one behind the other, aligned; a copy where they are not.
+inline array contiguous(const array& a) { return elements(array::ensure(a, array::c_style)); }
+
 // A C-ordered copy, where the last dimension is not contiguous.
 inline array rows_contiguous(const array& a) {
   const bool good =
       a.ndim() == 0 || a.shape(a.ndim() - 1) <= 1 || a.strides(a.ndim() - 1) == a.itemsize();
-  return good ? elements(a) : array::ensure(a, array::c_style);
+  return good ? elements(a) : contiguous(a);
 }
 
 inline array empty(std::vector<py::ssize_t> shape, const py::dtype& dtype) {
