@@ -85,6 +85,12 @@ def shape(op: str, name: str, x: Any, *expected: int | None) -> None:
         fail(op, name, f"shape ({sizes})", _describe(x))
 
 
+def same_kind(op: str, name: str, x: Any, like: Any) -> None:
+    """x is a tensor, or an array, as `like` is."""
+    if type(getattr(x, "device", None)) is not type(like.device):
+        fail(op, name, type(like).__name__, _describe(x), TypeError)
+
+
 def same_device(op: str, name: str, x: Any, like: Any, like_name: str) -> None:
     """x lives where `like` does."""
     if x.device != like.device:
