@@ -8,8 +8,7 @@ array slim_tokens_numpy(const array& x, const array& norm_weight, const array& n
                         const array& w1, const array& b1, const array& w2, float scale, float eps) {
   const array tokens = rows_contiguous(x), first = rows_contiguous(w1),
               second = rows_contiguous(w2);
-  const array gain = contiguous(norm_weight),
-              shift = contiguous(norm_bias);
+  const array gain = contiguous(norm_weight), shift = contiguous(norm_bias);
   const array bias = contiguous(b1);
   SlimTokens p{};
   p.dtype = dtype_of(x, "slim_tokens");

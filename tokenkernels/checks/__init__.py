@@ -134,7 +134,7 @@ def choice(op: str, name: str, value: Any, *allowed: Any) -> None:
 
 def numbers_of_numpy(op: str, name: str, x: Any) -> None:
     """x is a NumPy array whose elements are bytes to move: neither objects nor nothing."""
-    if not hasattr(x, "__array_interface__") or x.dtype.hasobject or x.itemsize == 0:
+    if not hasattr(x, "__array_finalize__") or x.dtype.hasobject or x.itemsize == 0:
         got = type(x).__name__
         if hasattr(x, "dtype"):
             got += f" of {x.dtype}"

@@ -70,9 +70,11 @@ def arrays(arrays: Sequence[Any], inplace: bool) -> None:
     for array in arrays:
         numbers_of_numpy(OP, "layers", array)
         if inplace:
-            if not array.flags.writeable:
+            flags = array.flags
+            if not flags.writeable:
                 fail(OP, "layers", "writeable arrays in place", "a read-only one")
-            in_place(array.shape, [stride // array.itemsize for stride in array.strides])
+            if not flags.c_contiguous:
+                in_place(array.shape, [stride // array.itemsize for stride in array.strides])
     if inplace:
         distinct([array.__array_interface__["data"][0] for array in arrays if array.size])
 
