@@ -109,7 +109,7 @@ ROOMS = [
     ),
     Room(
         "csrc/numpy/*",
-        rf'{OWN_HEADERS}|"token_rows\.h"|"numpy/\w+\.h"|<pybind11/\w+\.h>|<\w+>|<sched\.h>',
+        rf'{OWN_HEADERS}|"token_rows\.h"|"numpy/\w+\.h"|<pybind11/\w+\.h>|<\w+>|<(pthread|sched)\.h>',
         {r"\b(at|c10|torch)::": "torch"},
     ),
 ]

@@ -6,7 +6,7 @@ namespace {
 
 py::tuple accumulate_codes_numpy(const array& x_in, const array& index_in, int64_t codes,
                                  bool grouped) {
-  const array x = elements(x_in), index = array::ensure(index_in, array::c_style);
+  const array x = elements(x_in), index = contiguous(index_in);
   AccumulateCodes p{};
   p.x = rows_of(x, grouped, "accumulate_codes");
   p.groups = grouped ? x.shape(x.ndim() - 2) : 1;

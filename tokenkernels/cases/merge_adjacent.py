@@ -59,6 +59,15 @@ def _hard(**options: Any) -> Any:
     return make
 
 
+def _zero_sizes(t: Make) -> dict[str, Any]:
+    """Windows whose sizes are all zero, and some: no mean, and a mean of the others."""
+    x = _alike(t, 2, (4, 6), (2, 2), 40)
+    size = t.rand(2, 24, dtype=torch.float32) + 0.5
+    size[0] = 0
+    size[1, ::2] = 0
+    return {"x": x, "grid": (4, 6), "window": (2, 2), "num_windows": 4, "size": size}
+
+
 def _strided(t: Make) -> dict[str, Any]:
     x = _alike(t, 3, (4, 7), (2, 3), 64, 1)
     x = x.transpose(0, 1).contiguous().transpose(0, 1)[:, :, 8:41]
@@ -109,6 +118,7 @@ CASES = [
     Case("hard-threshold", _hard(threshold=0.0), HARD),
     Case("hard-ranked", _hard(num_windows=7, order="similarity"), HARD),
     Case("hard-all", _hard(num_windows=9), HARD),
+    Case("zero-sizes", _zero_sizes, HARD),
     Case("strided", _strided),
     Case(
         "mustdrop 8x24x24x1024 3x3", _simple(8, (24, 24), (3, 3), 1024, threshold=0.8), ("bench",)
