@@ -56,20 +56,23 @@ class Row:
 
 
 def cells(quick: bool = False, only: str = "") -> list[Cell]:
-    """Forward in float32 first, the other dtypes, the gradients; when `quick`, the first case of
-    each op in float32 only.
+    """The first case of every op in each dtype, forward and with gradients, then the second ones,
+    and so on; when `quick`, the first ones in float32 only.
 
     `only` keeps the cells in whose name it stands.
     """
-    forward = [
-        Cell(op, case, dtype)
+    cases = {op: [case for case in op.cases if "bench" in case.tags] for op in OPS.values()}
+    found = [
+        Cell(op, cases[op][place], dtype, gradient)
+        for place in range(1 if quick else max(map(len, cases.values())))
+        for gradient in (False, True)
         for dtype in (DTYPES[:1] if quick else DTYPES)
         for op in OPS.values()
-        for case in [case for case in op.cases if "bench" in case.tags][: 1 if quick else None]
-        if dtype in case.dtypes
+        if place < len(cases[op])
+        and dtype in cases[op][place].dtypes
+        and (op.differentiable or not gradient)
     ]
-    backward = [Cell(c.op, c.case, c.dtype, True) for c in forward if c.op.differentiable]
-    return [cell for cell in forward + backward if only in str(cell)]
+    return [cell for cell in found if only in str(cell)]
 
 
 def blank(cell: Cell, contender: str, role: str, **more: Any) -> Row:
@@ -83,6 +86,7 @@ def measure(
     """The rows of one cell. After `compile_until` seconds nothing more is compiled."""
     torch._dynamo.reset()
     gc.collect()
+    gc.freeze()
     give_back_memory()
     start = time.perf_counter()
     with cell.mode():

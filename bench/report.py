@@ -101,7 +101,7 @@ def drawn(table: Table) -> RichTable:
 
 
 def show(on: Console, result: Result) -> None:
-    for table in (tables.summary(result), tables.models(result), *tables.not_timed(result)):
+    for table in (tables.summary(result), *tables.sections(result), *tables.not_timed(result)):
         if table.rows:
             on.print(drawn(table))
 
@@ -115,7 +115,7 @@ def write(result: Result, folder: Path, old: Result | None = None) -> list[Path]
         tables.roofs(result),
         tables.machine(result),
     ]
-    head = [*first, tables.models(result), tables.summary(result)]
+    head = [*first, *tables.sections(result), tables.summary(result)]
     pages = {"report.md": markdown(head, last), "report.html": page(head, plots(result), last)}
     for name, text in pages.items():
         (folder / name).write_text(text)

@@ -151,17 +151,23 @@ def details(result: Result) -> list[Table]:
     return [table for table in tables.values() if table.rows]
 
 
-def models(result: Result) -> Table:
-    rows = result["models"]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+def of_records(title: str, records: list[dict[str, Any]]) -> Table:
+    """A column per key."""
+    columns = list(dict.fromkeys(key for record in records for key in record))
     shown = [
         [
             number(v) if isinstance(v, float) else str(v)
-            for v in (row.get(key, "") for key in columns)
+            for v in (record.get(key, "") for key in columns)
         ]
-        for row in rows
+        for record in records
     ]
-    return Table("Models", columns, shown)
+    return Table(title, columns, shown)
+
+
+def sections(result: Result) -> list[Table]:
+    """What was measured beside the ops."""
+    found = result.get("sections", {})
+    return [of_records(name.capitalize(), records) for name, records in found.items()]
 
 
 def not_timed(result: Result) -> list[Table]:
@@ -176,8 +182,8 @@ def not_timed(result: Result) -> list[Table]:
         lines = [[who, why, str(len(cells)), cells[0]] for (who, why), cells in reasons.items()]
         if lines:
             tables.append(Table(title, ["who", "why", "cells", "the first"], lines))
-    if result["models_left_out"]:
-        tables.append(Table("Models left out", ["why"], [[result["models_left_out"]]]))
+    if failures := result.get("sections_left_out"):
+        tables.append(Table("Not measured", ["section", "why"], [[*x] for x in failures.items()]))
     return tables
 
 

@@ -9,9 +9,10 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 Call = Callable[[], Any]
+Name = TypeVar("Name")
 TURN = 2e-3
 """Seconds that one turn of a fast function lasts: shorter calls are repeated and averaged."""
 
@@ -19,8 +20,8 @@ SLOW = 10.0
 
 
 def alternate(
-    calls: dict[str, Call], seconds: float, rounds: tuple[int, int] = (5, 40)
-) -> dict[str, list[float]]:
+    calls: dict[Name, Call], seconds: float, rounds: tuple[int, int] = (5, 40)
+) -> dict[Name, list[float]]:
     """Seconds per call, some samples of each: in every round each function takes one turn, in
     random order.
 
@@ -32,7 +33,7 @@ def alternate(
     """
     draw = random.Random(0)
     expected = {name: _timed(call, 1) for name, call in calls.items()}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[Name, list[float]] = {name: [] for name in calls}
     share = seconds / max(len(calls), 1)
     slow = SLOW * min(expected.values(), default=0.0)
     gc.collect()
@@ -75,7 +76,6 @@ def extra_memory(call: Call, returned: Callable[[Any], int]) -> float | None:
     libc = ctypes.CDLL(None)
     if not (status.exists() and reset.exists() and hasattr(libc, "malloc_trim")):
         return None
-    gc.collect()
     libc.malloc_trim(0)
     try:
         reset.write_text("5")

@@ -36,7 +36,7 @@ def faiss_flat(x: Tensor, codebook: Tensor, metric: str = "l2", **_: Any) -> lis
     if metric == "cosine":
         x, codebook = F.normalize(x, dim=-1), F.normalize(codebook, dim=-1)
         kind = faiss.METRIC_INNER_PRODUCT
-    _, index = faiss.knn(x.numpy(), codebook.numpy(), 1, metric=kind)
+    index = faiss.knn(x.numpy(), codebook.numpy(), 1, metric=kind)[1]
     return [torch.from_numpy(index)[:, 0]]
 
 
