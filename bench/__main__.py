@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     result: dict[str, Any] = {"machine": machine.facts(), "quick": options.quick}
     console.print(report.headline(result))
     with console.status("measuring the roofs of this machine"):
-        result["roof"] = roofline.measure(6.0 if options.quick else 15.0)
+        result["roof"] = roofline.measure(6.0 if options.quick else 10.0)
     console.print(report.roofs(result))
     result["sections"], result["sections_left_out"] = _sections(options)
     result["ops"] = []

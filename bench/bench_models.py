@@ -51,7 +51,7 @@ def run(quick: bool) -> list[Record]:
         for name in names:
             forms = _forms(VARIANTS[name])
             for batch in batches:
-                records += list(_rows(name, forms, photographs(batch), 2.5 if quick else 6.0))
+                records += list(_rows(name, forms, photographs(batch), 2.5 if quick else 4.0))
                 bar.advance(task)
     return records
 

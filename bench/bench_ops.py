@@ -27,7 +27,7 @@ from tokenkernels._op import OPS, tensors_in
 
 tokenkernels.ops.load()
 DTYPES = (torch.float32, torch.bfloat16)
-LEAST_SECONDS = 1.5
+LEAST_SECONDS = 2.0
 """Time kept for each cell that is still to come before another function is compiled."""
 
 
@@ -105,13 +105,12 @@ def measure(
             if not (row.failed or row.left_out):
                 calls[contender.name] = prepared(cell, kwargs, contender.function)
         del known
-        gc.collect()
-        fill_in_memory(rows, calls, tensors_in(kwargs))
         spent = time.perf_counter() - start
         moved, flops = (0, 0) if cell.gradient else cell.op.cost(kwargs)
         limits = roofline.memory_calls(moved, moved / 2 if "inplace" in cell.case.tags else written)
         samples = alternate(calls | limits, max(seconds - spent, seconds / 4)) if calls else {}
-    fill_in_times(rows, samples)
+        fill_in_times(rows, samples)
+        fill_in_memory(rows, calls, tensors_in(kwargs))
     if moved or flops:
         memory = sum(statistics.median(samples[name]) for name in limits if name in samples)
         fill_in_costs(rows, moved, flops, memory, roofline.arithmetic(roof, flops, rows[0].dtype))
@@ -121,6 +120,7 @@ def measure(
 def fill_in_memory(
     rows: list[Row], calls: dict[str, Callable[[], Any]], inputs: list[torch.Tensor]
 ) -> None:
+    """What our call and that of the fastest peer take beyond inputs and outputs."""
     held = {t.untyped_storage().data_ptr() for t in inputs}
 
     def returned(outputs: Any) -> int:
@@ -128,26 +128,29 @@ def fill_in_memory(
             t.nbytes for t in tensors_in(outputs) if t.untyped_storage().data_ptr() not in held
         )
 
+    fastest = fastest_rival(rows)
     for row in rows:
-        if row.contender in calls:
+        if row.ms and (row.role == "ours" or row is fastest):
             row.extra_bytes = extra_memory(calls[row.contender], returned)
 
 
 def fill_in_times(rows: list[Row], samples: dict[str, list[float]]) -> None:
-    """Medians, and how many times the fastest peer's time each takes; without a peer the reference
-    stands in for it.
-    """
+    """Medians, and how many times faster than the fastest peer each is."""
     for row in rows:
         row.samples_ms = [1e3 * s for s in samples.get(row.contender, [])]
         row.ms = statistics.median(row.samples_ms) if row.samples_ms else None
-    times = {
-        role: [row.ms for row in rows if row.role == role and row.ms]
-        for role in ("peer", "reference")
-    }
-    rivals = times["peer"] or times["reference"]
+    fastest = fastest_rival(rows)
     for row in rows:
-        if row.ms and rivals:
-            row.times_fastest_peer = min(rivals) / row.ms
+        if row.ms and fastest and fastest.ms:
+            row.times_fastest_peer = fastest.ms / row.ms
+
+
+def fastest_rival(rows: list[Row]) -> Row | None:
+    """The fastest peer; where none was timed the reference stands in for it."""
+    for role in ("peer", "reference"):
+        if timed := [row for row in rows if row.role == role and row.ms]:
+            return min(timed, key=lambda row: row.ms or 0.0)
+    return None
 
 
 def fill_in_costs(

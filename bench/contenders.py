@@ -154,7 +154,8 @@ def judge(cell: Cell, contender: Contender, kwargs: Kwargs, truth: Truth) -> Ver
     if contender.role == "ours" and (reason := cell.op.why_not(contender.name, DEVICE, kwargs)):
         return Verdict(left_out=reason)
     try:
-        outputs = prepared(cell, fresh(cell, kwargs), contender.function)()
+        given = kwargs if contender.role == "peer" else fresh(cell, kwargs)
+        outputs = prepared(cell, given, contender.function)()
         if outputs is NotImplemented:
             return Verdict(left_out="does not cover this case")
         got = tensors_in(outputs)
@@ -167,7 +168,7 @@ def judge(cell: Cell, contender: Contender, kwargs: Kwargs, truth: Truth) -> Ver
 
 
 def fresh(cell: Cell, kwargs: Kwargs) -> Kwargs:
-    """The arguments for one call: copies where the call writes into them."""
+    """The arguments for one call of ours or the reference: copies where it writes into them."""
     if "inplace" not in cell.case.tags:
         return kwargs
     return tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, kwargs)

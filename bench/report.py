@@ -41,8 +41,8 @@ EXPLANATION = (
     "cell take turns in random order, outputs are allocated inside, figures are medians. Roof: the "
     "time that a copy (and a read) of the bytes that the op must move takes, in turns with the op, "
     "or its arithmetic at the rate of the fastest matrix product, whichever is longer. ×: time of "
-    "the fastest peer over ours. Extra memory: peak of resident memory during one call, beyond "
-    "inputs and outputs."
+    "the fastest peer over ours. Extra memory, of these two: peak of resident memory during one "
+    "call, beyond inputs and outputs."
 )
 
 
@@ -126,16 +126,14 @@ def markdown(head: Iterable[Table], last: Iterable[Table]) -> str:
     parts = ["# Benchmark", EXPLANATION]
     for table in (*head, *last):
         if table.rows:
-            rule = [
-                "---:" if table.is_number(place) else "---" for place in range(len(table.columns))
-            ]
-            rows = [
-                table.columns,
-                rule,
-                *([cell.replace("|", "\\|") for cell in row] for row in table.rows),
-            ]
-            parts += [f"## {table.title}", "\n".join("| " + " | ".join(row) + " |" for row in rows)]
+            parts += [f"## {table.title}", as_markdown(table)]
     return "\n\n".join(parts) + "\n"
+
+
+def as_markdown(table: Table) -> str:
+    rule = ["---:" if table.is_number(place) else "---" for place in range(len(table.columns))]
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in table.rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [table.columns, rule, *rows])
 
 
 def page(head: Iterable[Table], figures: list[str], last: Iterable[Table]) -> str:

@@ -16,7 +16,8 @@ Name = TypeVar("Name")
 TURN = 2e-3
 """Seconds that one turn of a fast function lasts: shorter calls are repeated and averaged."""
 
-SLOW = 10.0
+SLOW = 3.0
+"""Times the fastest call: what takes longer decides nothing and is sampled twice."""
 
 
 def alternate(
