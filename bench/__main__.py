@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     console = report.console()
     result: dict[str, Any] = {"machine": machine.facts(), "quick": options.quick}
-    console.print(report.headline(result))
+    console.print(f"[bold]tokenkernels bench[/bold] · {report.headline(result)}")
     with console.status("measuring the roofs of this machine"):
         result["roof"] = roofline.measure(6.0 if options.quick else 10.0)
     console.print(report.roofs(result))

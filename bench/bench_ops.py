@@ -7,6 +7,7 @@ within a budget of time.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import statistics
@@ -26,6 +27,7 @@ from bench.timing import alternate, extra_memory
 from tokenkernels._op import OPS, tensors_in
 
 tokenkernels.ops.load()
+atexit.register(gc.unfreeze)  # what is still frozen at the end is reported as leaked
 DTYPES = (torch.float32, torch.bfloat16)
 LEAST_SECONDS = 2.0
 """Time kept for each cell that is still to come before another function is compiled."""
@@ -86,7 +88,7 @@ def measure(
     """The rows of one cell. After `compile_until` seconds nothing more is compiled."""
     torch._dynamo.reset()
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # or every collection goes through all that torch.compile has loaded
     give_back_memory()
     start = time.perf_counter()
     with cell.mode():
@@ -137,7 +139,7 @@ def fill_in_memory(
 def fill_in_times(rows: list[Row], samples: dict[str, list[float]]) -> None:
     """Medians, and how many times faster than the fastest peer each is."""
     for row in rows:
-        row.samples_ms = [1e3 * s for s in samples.get(row.contender, [])]
+        row.samples_ms = [round(1e3 * s, 6) for s in samples.get(row.contender, [])]
         row.ms = statistics.median(row.samples_ms) if row.samples_ms else None
     fastest = fastest_rival(rows)
     for row in rows:

@@ -47,7 +47,7 @@ EXPLANATION = (
 
 
 def console() -> Console:
-    return Console(width=None if Console().is_terminal else 160)
+    return Console(width=None if Console().is_terminal else 180)
 
 
 def progress(on: Console) -> Progress:
@@ -64,9 +64,8 @@ def progress(on: Console) -> Progress:
 def headline(result: Result) -> str:
     facts = result["machine"]
     return (
-        f"[bold]tokenkernels bench[/bold] · {facts['cpu']} · {facts['threads']} threads · "
-        f"{facts['instruction_set']} · torch {facts['versions']['torch']} · "
-        f"commit {facts['commit']}"
+        f"{facts['cpu']} · {facts['threads']} threads · {facts['instruction_set']} · "
+        f"torch {facts['versions']['torch']} · commit {facts['commit']}"
     )
 
 
@@ -115,15 +114,18 @@ def write(result: Result, folder: Path, old: Result | None = None) -> list[Path]
         tables.roofs(result),
         tables.machine(result),
     ]
-    head = [*first, *tables.sections(result), tables.summary(result)]
-    pages = {"report.md": markdown(head, last), "report.html": page(head, plots(result), last)}
+    head, top = [*first, tables.summary(result), *tables.sections(result)], headline(result)
+    pages = {
+        "report.md": markdown(top, head, last),
+        "report.html": page(top, head, plots(result), last),
+    }
     for name, text in pages.items():
         (folder / name).write_text(text)
     return [folder / name for name in pages]
 
 
-def markdown(head: Iterable[Table], last: Iterable[Table]) -> str:
-    parts = ["# Benchmark", EXPLANATION]
+def markdown(top: str, head: Iterable[Table], last: Iterable[Table]) -> str:
+    parts = ["# Benchmark", top, EXPLANATION]
     for table in (*head, *last):
         if table.rows:
             parts += [f"## {table.title}", as_markdown(table)]
@@ -136,8 +138,8 @@ def as_markdown(table: Table) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [table.columns, rule, *rows])
 
 
-def page(head: Iterable[Table], figures: list[str], last: Iterable[Table]) -> str:
-    body = ["<h1>Benchmark</h1>", f"<p>{html.escape(EXPLANATION)}</p>"]
+def page(top: str, head: Iterable[Table], figures: list[str], last: Iterable[Table]) -> str:
+    body = ["<h1>Benchmark</h1>", *(f"<p>{html.escape(text)}</p>" for text in (top, EXPLANATION))]
     body += (
         [_table(table) for table in head if table.rows]
         + figures
@@ -186,6 +188,7 @@ def _figure(op: str, rows: list[Row]) -> str:
 
     matplotlib.use("svg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogFormatter
 
     labels = [f"{row['case']} {row['dtype']}" + row["gradient"] * " +backward" for row in rows]
     figure, (left, right) = pyplot.subplots(
@@ -195,6 +198,8 @@ def _figure(op: str, rows: list[Row]) -> str:
     ratios = [row["times_fastest_peer"] for row in rows]
     left.barh(places, ratios, color=["#2a7f62" if ratio >= 1 else "#b5483a" for ratio in ratios])
     left.set_xscale("log")
+    left.xaxis.set_major_formatter(LogFormatter())
+    left.xaxis.set_minor_formatter(LogFormatter())
     left.axvline(1, color="black", linewidth=1)
     left.set(
         yticks=list(places),

@@ -89,7 +89,6 @@ def summary(result: Result) -> Table:
         "dtype",
         "ours ms",
         "% of roof",
-        "GB/s",
         "fastest peer",
         "peer ms",
         "×",
@@ -111,7 +110,6 @@ def summary(result: Result) -> Table:
                 dtype,
                 number(ours["ms"]),
                 roof,
-                number(ours["gb_per_s"]),
             ]
             + ([peer["contender"], number(peer["ms"])] if peer else ["", ""])
             + [number(ours["times_fastest_peer"]), _megabytes(ours), _megabytes(peer)]
