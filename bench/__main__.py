@@ -7,7 +7,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     from bench import bench_ops, machine, report, roofline
 
     console = report.console()
+    _quieten()
     result: dict[str, Any] = {"machine": machine.facts(), "quick": options.quick}
     console.print(f"[bold]tokenkernels bench[/bold] · {report.headline(result)}")
     with console.status("measuring the roofs of this machine"):
@@ -53,11 +56,20 @@ def main(arguments: list[str] | None = None) -> int:
     return int(bool(wrong or result["sections_left_out"]))
 
 
+def _quieten() -> None:
+    """What the compiler thinks of the peers is not what this is about."""
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"torch\._dynamo")
+
+
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one case per op, under two minutes")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="only cells and sections named so or longer"
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="only cells and sections in whose name this stands",
     )
     parser.add_argument(
         "--seconds", type=float, help="for everything (default: 100 when quick, else 540)"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -110,12 +111,17 @@ def measure(
         spent = time.perf_counter() - start
         moved, flops = (0, 0) if cell.gradient else cell.op.cost(kwargs)
         limits = roofline.memory_calls(moved, moved / 2 if "inplace" in cell.case.tags else written)
-        samples = alternate(calls | limits, max(seconds - spent, seconds / 4)) if calls else {}
+        products = roofline.product_calls(cell.dtype) if flops else {}
+        samples = (
+            alternate(calls | limits | products, max(seconds - spent, seconds / 4)) if calls else {}
+        )
         fill_in_times(rows, samples)
         fill_in_memory(rows, calls, tensors_in(kwargs))
     if moved or flops:
         memory = sum(statistics.median(samples[name]) for name in limits if name in samples)
-        fill_in_costs(rows, moved, flops, memory, roofline.arithmetic(roof, flops, rows[0].dtype))
+        product = min((t for name in products for t in samples.get(name, [])), default=math.inf)
+        arithmetic = roofline.arithmetic(roof, flops, rows[0].dtype, product)
+        fill_in_costs(rows, moved, flops, memory, arithmetic)
     return rows
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from bench.peers import COMPILED, Peer, peers_of
+from bench.peers import COMPILED, Peer, peers_of, roughly
 from tokenkernels._case import Case
 from tokenkernels._op import Op, tensors_in
 
@@ -100,9 +100,14 @@ def contenders(cell: Cell) -> list[Contender]:
     for name, peer in peers_of(cell.op.name).items():
         if takes_part(cell, peer):
             function = torch.compile(peer.fn, dynamic=False) if peer.compiled else peer.fn
-            own = compare if cell.gradient else peer.compare or compare
+            own = (gradients(cell, peer) if cell.gradient else peer.compare) or compare
             found.append(Contender(name, "peer", function, own, name.endswith(COMPILED), peer.note))
     return found
+
+
+def gradients(cell: Cell, peer: Peer) -> Callable[..., None] | None:
+    """How gradients of a peer are compared; in half precision they round in between."""
+    return peer.compare_gradients or (None if cell.dtype == torch.float32 else roughly)
 
 
 def backend(op: Op, name: str) -> Callable[..., Any]:

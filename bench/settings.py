@@ -13,8 +13,13 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "429
 """glibc gives freed blocks back to the system by default: every large output would be paid for in
 page faults.
 """
-COMPILED = {"TORCHINDUCTOR_CACHE_DIR": str(Path(__file__).parent / "out" / "compiled")}
-"""What torch.compile made of the peers is kept for the next run."""
+COMPILED = {
+    "TORCHINDUCTOR_CACHE_DIR": str(Path(__file__).parent / "out" / "compiled"),
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+}
+"""What torch.compile made of the peers is kept for the next run; it starts no workers, which would
+disturb what is timed.
+"""
 POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 

@@ -20,8 +20,8 @@ class Peer:
 
     `compiled` adds the same function under torch.compile. `dtypes` are those it can run (None:
     all). A peer that does not cover a case returns NotImplemented. `compare(got, want, low,
-    kwargs)` replaces the op's own where the form must differ. `gradient` is False where no gradient
-    flows through it.
+    kwargs)` replaces the op's own where the form must differ, `compare_gradients` that of gradients.
+    `gradient` is False where no gradient flows through it.
     """
 
     fn: Callable[..., Any]
@@ -29,6 +29,7 @@ class Peer:
     dtypes: tuple[torch.dtype, ...] | None = None
     note: str = ""
     compare: Callable[..., None] | None = None
+    compare_gradients: Callable[..., None] | None = None
     gradient: bool = True
 
 
