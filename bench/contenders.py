@@ -106,8 +106,12 @@ def contenders(cell: Cell) -> list[Contender]:
 
 
 def gradients(cell: Cell, peer: Peer) -> Callable[..., None] | None:
-    """How gradients of a peer are compared; in half precision they round in between."""
-    return peer.compare_gradients or (None if cell.dtype == torch.float32 else roughly)
+    """How gradients of a peer are compared; in half precision they round in between, forward and
+    again backward.
+    """
+    if peer.compare_gradients or cell.dtype == torch.float32:
+        return peer.compare_gradients
+    return functools.partial(roughly, times=16.0)
 
 
 def backend(op: Op, name: str) -> Callable[..., Any]:
@@ -137,7 +141,8 @@ def prepared(cell: Cell, kwargs: Kwargs, function: Callable[..., Any]) -> Callab
         first = next(t for t in tensors_in(outputs) if t.requires_grad)
         if first.shape not in seeds:
             generator = torch.Generator().manual_seed(7)
-            seeds[first.shape] = torch.randn(first.shape, generator=generator).to(first)
+            seed = torch.randn(first.shape, generator=generator)
+            seeds[first.shape] = seed.to(cell.dtype).to(first)
         gradients = torch.autograd.grad(first, leaves, seeds[first.shape], allow_unused=True)
         return [
             torch.zeros_like(t) if g is None else g for t, g in zip(leaves, gradients, strict=True)
