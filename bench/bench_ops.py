@@ -22,9 +22,9 @@ import torch
 
 import tokenkernels.ops
 from bench import roofline
-from bench.contenders import Cell, contenders, judge, names, prepared, truth
+from bench.contenders import Cell, Kwargs, contenders, judge, names, prepared, truth
 from bench.settings import give_back_memory, keep_freed_memory
-from bench.timing import alternate, extra_memory
+from bench.timing import Others, alternate, extra_memory
 from tokenkernels._op import OPS, tensors_in
 
 tokenkernels.ops.load()
@@ -55,6 +55,7 @@ class Row:
     bound: str = ""
     times_fastest_peer: float | None = None
     extra_bytes: float | None = None
+    others_percent: float | None = None
     samples_ms: list[float] = field(default_factory=list)
 
 
@@ -94,35 +95,43 @@ def measure(
     start = time.perf_counter()
     with cell.mode():
         kwargs = cell.kwargs()
-        known = truth(cell, kwargs)
-        written = sum(t.nbytes for t in known.low)
-        rows, calls = [], {}
-        for contender in contenders(cell):
-            row = blank(cell, contender.name, contender.role, note=contender.note)
-            rows.append(row)
-            if contender.compiled and time.perf_counter() - start > compile_until:
-                row.left_out = "no time left to compile it"
-                continue
-            verdict = judge(cell, contender, kwargs, known)
-            row.failed, row.left_out = verdict.failed, verdict.left_out
-            if not (row.failed or row.left_out):
-                calls[contender.name] = prepared(cell, kwargs, contender.function)
-        del known
-        spent = time.perf_counter() - start
+        rows, calls, written = admit(cell, kwargs, start + compile_until)
+        left = max(seconds - (time.perf_counter() - start), seconds / 4)
         moved, flops = (0, 0) if cell.gradient else cell.op.cost(kwargs)
-        limits = roofline.memory_calls(moved, moved / 2 if "inplace" in cell.case.tags else written)
+        copies = roofline.memory_calls(moved, moved / 2 if "inplace" in cell.case.tags else written)
         products = roofline.product_calls(cell.dtype) if flops else {}
-        samples = (
-            alternate(calls | limits | products, max(seconds - spent, seconds / 4)) if calls else {}
-        )
-        fill_in_times(rows, samples)
+        others = Others()
+        samples = alternate(calls | copies | products, left) if calls else {}
+        fill_in_times(rows, samples, others.percent())
         fill_in_memory(rows, calls, tensors_in(kwargs))
-    if moved or flops:
-        memory = sum(statistics.median(samples[name]) for name in limits if name in samples)
-        product = min((t for name in products for t in samples.get(name, [])), default=math.inf)
+    if samples and (moved or flops):
+        memory = sum(statistics.median(samples[name]) for name in copies)
+        product = min((t for name in products for t in samples[name]), default=math.inf)
         arithmetic = roofline.arithmetic(roof, flops, rows[0].dtype, product)
         fill_in_costs(rows, moved, flops, memory, arithmetic)
     return rows
+
+
+def admit(
+    cell: Cell, kwargs: Kwargs, compile_until: float
+) -> tuple[list[Row], dict[str, Callable[[], Any]], int]:
+    """A row for everyone, the calls of those who passed their comparison, and the bytes that the
+    outputs take.
+    """
+    known = truth(cell, kwargs)
+    rows: list[Row] = []
+    calls: dict[str, Callable[[], Any]] = {}
+    for contender in contenders(cell):
+        row = blank(cell, contender.name, contender.role, note=contender.note)
+        rows.append(row)
+        if contender.compiled and time.perf_counter() > compile_until:
+            row.left_out = "no time left to compile it"
+            continue
+        verdict = judge(cell, contender, kwargs, known)
+        row.failed, row.left_out = verdict.failed, verdict.left_out
+        if not (row.failed or row.left_out):
+            calls[contender.name] = prepared(cell, kwargs, contender.function)
+    return rows, calls, sum(t.nbytes for t in known.low)
 
 
 def fill_in_memory(
@@ -142,11 +151,12 @@ def fill_in_memory(
             row.extra_bytes = extra_memory(calls[row.contender], returned)
 
 
-def fill_in_times(rows: list[Row], samples: dict[str, list[float]]) -> None:
+def fill_in_times(rows: list[Row], samples: dict[str, list[float]], others: float | None) -> None:
     """Medians, and how many times faster than the fastest peer each is."""
     for row in rows:
         row.samples_ms = [round(1e3 * s, 6) for s in samples.get(row.contender, [])]
-        row.ms = statistics.median(row.samples_ms) if row.samples_ms else None
+        if row.samples_ms:
+            row.ms, row.others_percent = statistics.median(row.samples_ms), others
     fastest = fastest_rival(rows)
     for row in rows:
         if row.ms and fastest and fastest.ms:

@@ -111,7 +111,7 @@ def gradients(cell: Cell, peer: Peer) -> Callable[..., None] | None:
     """
     if peer.compare_gradients or cell.dtype == torch.float32:
         return peer.compare_gradients
-    return functools.partial(roughly, times=16.0)
+    return functools.partial(roughly, roundings=8.0)
 
 
 def backend(op: Op, name: str) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ def figures(result: Result) -> Table:
         ours = tables.best(rows, "ours")
         if ours and ours["roof_percent"]:
             groups.setdefault((op, dtype), []).append(ours)
-    for (op, dtype), found in groups.items():
+    for (op, dtype), found in sorted(groups.items(), key=lambda group: group[0][0]):
         worst = min(found, key=lambda row: float(row["roof_percent"]))
         for row in found[:1] + [worst] * (worst is not found[0]):
             table.rows.append(

@@ -85,6 +85,8 @@ def line(cell: str, rows: list[Row]) -> str:
         parts.append(f"{peer['contender']} {tables.number(peer['ms'])} ms")
     if ours and ours["roof_percent"]:
         parts.append(f"{ours['roof_percent']:.0f} % of roof")
+    if ours and (ours.get("others_percent") or 0) > tables.DISTURBED:
+        parts.append(f"[yellow]others used {ours['others_percent']:.0f} % of a processor[/yellow]")
     if not ours:
         parts.append(next((row["left_out"] for row in rows if row["left_out"]), "not timed"))
     return "  ".join(parts) + (f"  [red]failed: {', '.join(failed)}[/red]" if failed else "")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 _NUMBER = re.compile(r"-?[0-9.]+%?")
+DISTURBED = 10.0
+"""Percent of one processor that others may use while something is timed."""
 Result = dict[str, Any]
 Row = dict[str, Any]
 
@@ -180,6 +182,13 @@ def not_timed(result: Result) -> list[Table]:
         lines = [[who, why, str(len(cells)), cells[0]] for (who, why), cells in reasons.items()]
         if lines:
             tables.append(Table(title, ["who", "why", "cells", "the first"], lines))
+    disturbed = [
+        [op, case + gradient * " +backward", dtype, f"{ours['others_percent']:.0f}%"]
+        for (op, case, dtype, gradient), rows in by_cell(result["ops"]).items()
+        if (ours := best(rows, "ours")) and (ours.get("others_percent") or 0) > DISTURBED
+    ]
+    columns = ["op", "case", "dtype", "of one processor"]
+    tables.append(Table("Disturbed: other processes ran meanwhile", columns, disturbed))
     if failures := result.get("sections_left_out"):
         tables.append(Table("Not measured", ["section", "why"], [[*x] for x in failures.items()]))
     return tables

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import random
 import re
 import time
@@ -63,6 +64,31 @@ def _timed(call: Call, repeats: int) -> float:
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) / repeats
+
+
+class Others:
+    """How busy other processes keep the processors from here on: they disturb what is timed."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def percent(self) -> float | None:
+        """Of one processor; None where nobody counts."""
+        before, now = self._start, self._now()
+        if before is None or now is None or now[0] <= before[0]:
+            return None
+        return 100 * max(0.0, (now[1] - before[1]) / (now[0] - before[0]))
+
+    @staticmethod
+    def _now() -> tuple[float, float] | None:
+        """Seconds by the clock, and those that others ran or were stolen."""
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return None
+        user, nice, system, _, _, irq, soft, stolen = map(int, stat.read_text().split()[1:9])
+        busy = (user + nice + system + irq + soft + stolen) / os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        return time.perf_counter(), busy - own.user - own.system
 
 
 def extra_memory(call: Call, returned: Callable[[Any], int]) -> float | None:

@@ -39,13 +39,16 @@ def roughly(
     low: list[torch.Tensor],
     kwargs: dict[str, Any],
     times: float = 8.0,
+    roundings: float = 0.0,
 ) -> None:
-    """For peers that round in between: up to so many times the error of the reference itself."""
+    """For peers that round in between: up to so many times the error of the reference itself, or so
+    many roundings of the largest value.
+    """
     for number, (g, w, r) in enumerate(zip(got, want, low, strict=True)):
         assert g.shape == w.shape, f"output {number}: shape {tuple(g.shape)}"
-        eps = torch.finfo(torch.float32).eps
+        least = max(64 * torch.finfo(torch.float32).eps, roundings * torch.finfo(g.dtype).eps)
         own, scale = (r.double() - w).abs().max().item(), w.abs().max().item()
-        error, bound = (g.double() - w).abs().max().item(), max(times * own, 64 * eps * scale)
+        error, bound = (g.double() - w).abs().max().item(), max(times * own, least * scale)
         assert error <= bound, f"output {number}: error {error:.3g}, bound {bound:.3g}"
 
 
