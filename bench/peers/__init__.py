@@ -39,7 +39,7 @@ def roughly(
     low: list[torch.Tensor],
     kwargs: dict[str, Any],
     times: float = 8.0,
-    roundings: float = 0.0,
+    roundings: float = 8.0,
 ) -> None:
     """For peers that round in between: up to so many times the error of the reference itself, or so
     many roundings of the largest value.
