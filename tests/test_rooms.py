@@ -219,7 +219,7 @@ def test_one_file_reads_the_environment() -> None:
     "path",
     [
         *("tests/test_ops.py", "tests/test_ops_torch.py", "tests/trial.py", "tests/conftest.py"),
-        *("bench/bench_ops.py", "bench/contenders.py", "bench/__main__.py"),
+        *("bench/bench_ops.py", "bench/contenders.py", "bench/small_calls.py", "bench/__main__.py"),
     ],
 )
 def test_whoever_serves_all_ops_names_none(path: str) -> None:

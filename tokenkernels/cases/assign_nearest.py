@@ -138,9 +138,6 @@ CASES = [
     _bench(4096, 1024, 256),
     _bench(6000, 1024, 128),
     _bench(2048, 16384, 256),
-    _bench(8192, 4096, 12, return_codes=True),
-    _bench(6000, 1024, 128, return_codes=True),
-    _bench(4096, 1024, 256, return_codes=True),
 ]
 
 BAD: list[Bad] = [
