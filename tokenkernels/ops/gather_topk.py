@@ -284,7 +284,8 @@ BACKWARD = Op(
     "Tensor[] tensors, Tensor scores, SymInt prefix, str fuse) -> (Tensor[], Tensor)",
     reference=_backward_reference,
     fake=_backward_fake,
-    cases=[],
+    cases=cases.BACKWARD_CASES,
+    length=cases.backward_length,
 )
 
 OP = Op(
