@@ -44,7 +44,13 @@ def _key_is_value(t: Make) -> dict[str, Any]:
 def _own_query(t: Make) -> dict[str, Any]:
     """A query per image, keys that are the values, biases, no mask."""
     x = t.randn(2, 26, 24)
-    return {"query": t.randn(2, 9, 24), "key": x, "value": x, "bias": t.randn(2, 26), "scale": 0.3}
+    return {
+        "query": t.randn(2, 9, 24),
+        "key": x,
+        "value": x[:],
+        "bias": t.randn(2, 26),
+        "scale": 0.3,
+    }
 
 
 def _mask_and_weights(t: Make) -> dict[str, Any]:
