@@ -218,7 +218,8 @@ def test_one_file_reads_the_environment() -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        *("tests/test_ops.py", "tests/test_ops_torch.py", "tests/trial.py", "tests/conftest.py"),
+        *("tests/test_ops.py", "tests/test_ops_torch.py", "tests/test_junk.py", "tests/junk.py"),
+        *("tests/trial.py", "tests/conftest.py"),
         *("bench/bench_ops.py", "bench/contenders.py", "bench/small_calls.py", "bench/__main__.py"),
     ],
 )

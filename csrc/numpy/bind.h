@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
@@ -63,18 +64,25 @@ inline array rows_contiguous(const array& a) {
   return good ? elements(a) : contiguous(a);
 }
 
+// For tests: whether outputs and scratch arrive as NaN, in every type.
+extern bool poisoned;
+
 inline array empty(std::vector<py::ssize_t> shape, const py::dtype& dtype) {
-  return array(dtype, std::move(shape));
+  array result(dtype, std::move(shape));
+  if (poisoned) std::memset(result.mutable_data(), 0xff, static_cast<size_t>(result.nbytes()));
+  return result;
 }
 
 // Bytes that a kernel borrows for one call; few of them cost no allocation.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {
-    if (bytes <= static_cast<int64_t>(sizeof small_)) return;
-    large_.reset(new char[static_cast<size_t>(bytes) + 64]);
-    data_ =
-        reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(large_.get()) + 63) & ~uintptr_t{63});
+    if (bytes > static_cast<int64_t>(sizeof small_)) {
+      large_.reset(new char[static_cast<size_t>(bytes) + 64]);
+      data_ = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(large_.get()) + 63) &
+                                      ~uintptr_t{63});
+    }
+    if (poisoned) std::memset(data_, 0xff, static_cast<size_t>(bytes));
   }
   Scratch(const Scratch&) = delete;
   void* data() { return data_; }

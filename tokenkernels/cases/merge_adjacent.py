@@ -104,6 +104,27 @@ CASES = [
         ),
         COUPLED,
     ),
+    Case(
+        "uniform-size",
+        _simple(3, (6, 7), (2, 2), 17, True, threshold=0.6, batch="uniform", prefix=2),
+        COUPLED,
+    ),
+    Case(
+        "uniform-video-similarity-size",
+        _simple(
+            2, (3, 4, 5), (2, 2, 2), 9, True, threshold=0.5, batch="uniform", order="similarity"
+        ),
+        COUPLED,
+    ),
+    Case("uniform-num-windows", _simple(2, (6, 6), (3, 2), 8, num_windows=4, batch="uniform")),
+    Case(
+        "video-similarity-size-prefix",
+        _simple(2, (4, 3, 4), (2, 1, 2), 21, True, threshold=0.6, order="similarity", prefix=3),
+    ),
+    Case(
+        "num-windows-each-size",
+        _simple(3, (23,), (2,), 13, True, num_windows=[0, 11, 4], order="similarity", prefix=2),
+    ),
     Case("num-windows", _simple(3, (8, 10), (2, 2), 20, num_windows=7, sized=True)),
     Case(
         "num-windows-similarity",

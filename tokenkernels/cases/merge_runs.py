@@ -53,6 +53,8 @@ def _strided(t: Make) -> dict[str, Any]:
     }
 
 
+HARD = ("test", "no-gradcheck", "no-opcheck")
+
 CASES = [
     Case("ragged", _simple(3, 50, 19)),
     Case("size-prefix", _simple(2, 41, 33, sized=True, prefix=2)),
@@ -64,8 +66,10 @@ CASES = [
     Case("none-merge", _simple(2, 33, 40, threshold=1.1)),
     Case("one-token", _simple(3, 1, 5)),
     Case("all-prefix", _simple(2, 4, 5, prefix=4)),
-    Case("zeros-nan-flip", _hard, ("test", "no-gradcheck", "no-opcheck")),
-    Case("zero-sizes", _zero_sizes, ("test", "no-gradcheck", "no-opcheck")),
+    Case("zeros-nan-flip", _hard, HARD),
+    Case("zero-sizes", _zero_sizes, HARD),
+    Case("padded-max-run-size", _simple(3, 40, 11, True, padded=True, max_run=3, prefix=4)),
+    Case("padded-hard", lambda t: _hard(t) | {"padded": True, "prefix": 3}, HARD),
     Case("strided", _strided),
     Case("vit 64x197x768", _simple(64, 197, 768, prefix=1), ("bench",)),
     Case("speech 8x1500x512", _simple(8, 1500, 512), ("bench",)),

@@ -41,6 +41,31 @@ def _far(t: Make) -> dict[str, Any]:
     return kwargs | {"x": kwargs["x"] + 5}
 
 
+def _gradient(forward: Any, keep: bool = True) -> Any:
+    """The gradient of a call, with what the forward leaves for it; `scale` as the schema has it."""
+
+    def make(t: Make) -> dict[str, Any]:
+        k = forward(t)
+        x, g, b, w1, b1, w2 = (v.double() for v in list(k.values())[:6])
+        projected = F.linear(F.layer_norm(x, x.shape[-1:], g, b), w1, b1)
+        logits = k["scale"] * F.linear(F.gelu(projected), w2)
+        tokens = logits.softmax(1).transpose(1, 2) @ x
+        scale = k.pop("scale")
+        learned = isinstance(scale, Tensor)
+        return {
+            "grad": t.randn(*tokens.shape),
+            **k,
+            "scale_tensor": scale if learned else None,
+            "scale": 1.0 if learned else scale,
+            "eps": 1e-5,
+            "tokens": tokens.to(t.dtype),
+            "lse": logits.logsumexp(1).float(),
+            "projected": projected.float() if keep else torch.empty(0, device=t.device),
+        }
+
+    return make
+
+
 def cost(kwargs: dict[str, Any]) -> tuple[float, float]:
     x = kwargs["x"]
     slots, hidden = kwargs["w2"].shape
@@ -82,6 +107,32 @@ def compare(
     close(got, want, low, length(kwargs))
 
 
+def compare_gradients(
+    got: list[Tensor], want: list[Tensor], low: list[Tensor], kwargs: dict[str, Any]
+) -> None:
+    """Likewise; the gradient of the scale nearly cancels: its bound is on the products in it, which
+    are rounded once, and 8 eps of float32 for the functions they come from.
+    """
+    products, rough = _gradients_of_formula(*list(kwargs.values())[:10])
+    low = rough if got[0].dtype == torch.bfloat16 else low[:6]
+    close(got[:6], want[:6], low, gradient_length(kwargs))
+    error = (got[6] - want[6]).abs().item()
+    eps = torch.finfo(got[0].dtype).eps + 8 * torch.finfo(torch.float32).eps
+    bound = eps * products.double().abs().sum().item()
+    assert error <= bound, f"gradient of the scale: error {error:.3g}, bound {bound:.3g}"
+
+
+def _gradients_of_formula(grad: Tensor, *inputs: Any) -> tuple[Tensor, list[Tensor]]:
+    """What the gradient of the scale adds up, and those of all tensors, in their own dtype."""
+    *tensors, learned, scale, eps = inputs
+    x, g, b, w1, b1, w2 = tensors = [v.detach().clone().requires_grad_() for v in tensors]
+    raw = F.linear(F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], g, b, eps), w1, b1)), w2)
+    logits = (scale if learned is None else learned.to(x.dtype)) * raw
+    out = torch.bmm(logits.softmax(1).transpose(1, 2), x)
+    of_logits, *found = torch.autograd.grad(out, [logits, *tensors], grad)
+    return (of_logits * raw).detach(), found
+
+
 CASES = [
     Case("small", _shapes(2, 37, 48, 11)),
     Case("odd", _shapes(3, 23, 21, 5, hidden=9, scale=0.7)),
@@ -91,9 +142,19 @@ CASES = [
     Case("patches", _patches),
     Case("far", _far, ("test", "no-opcheck")),
     Case("tiles", _shapes(2, 300, 18, 17)),
+    Case("scale-eps", _shapes(2, 9, 12, 3, eps=0.5)),
     Case("sit-s stage 1 16x196x384 M=98", _shapes(16, 196, 384, 98), ("bench",)),
     Case("sit-s stage 2 16x98x384 M=49", _shapes(16, 98, 384, 49), ("bench",)),
     Case("sit-s stage 3 16x49x384 M=24", _shapes(16, 49, 384, 24), ("bench",)),
+]
+
+BACKWARD_CASES = [
+    Case("scale-tensor", _gradient(_shapes(2, 37, 48, 11))),
+    Case("scale-number", _gradient(_shapes(3, 23, 21, 5, hidden=9, scale=-0.7))),
+    Case("two-tokens", _gradient(_shapes(2, 2, 20, 3))),
+    Case("one-slot", _gradient(_shapes(2, 30, 17, 1))),
+    Case("projected-again", _gradient(_patches, keep=False)),
+    Case("segments", _gradient(_shapes(1, 300, 18, 17))),
 ]
 
 BAD: list[Bad] = [

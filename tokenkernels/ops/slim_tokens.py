@@ -226,7 +226,9 @@ BACKWARD = Op(
     "Tensor lse, Tensor projected) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_backward_reference,
     fake=_backward_fake,
-    cases=[],
+    cases=cases.BACKWARD_CASES,
+    length=cases.gradient_length,
+    compare=cases.compare_gradients,
 )
 
 OP = Op(
