@@ -20,10 +20,13 @@ py::tuple accumulate_codes_numpy(const array& x_in, const array& index_in, int64
   array sums = empty(shape, py::dtype::of<float>());
   p.counts = static_cast<int64_t*>(counts.mutable_data());
   p.sums = static_cast<float*>(sums.mutable_data());
+  const Pool threads = pool();
+  Scratch scratch(accumulate_codes_scratch(p, threads.threads));
+  p.scratch = scratch.data();
   Status status;
   {
     const py::gil_scoped_release release;
-    status = accumulate_codes(p, pool());
+    status = accumulate_codes(p, threads);
   }
   check(status, "accumulate_codes",
         "index: allowed -1 … K−1 (-1: counted nowhere), got something else");
