@@ -151,7 +151,8 @@ def prepared(cell: Cell, kwargs: Kwargs, function: Callable[..., Any]) -> Callab
 
 def truth(cell: Cell, kwargs: Kwargs) -> Truth:
     reference = backend(cell.op, "reference")
-    low = tensors_in(prepared(cell, fresh(cell, kwargs), reference)())
+    measure = cell.op.formula if cell.op.measured_by_formula(kwargs) else None
+    low = tensors_in(prepared(cell, fresh(cell, kwargs), measure or reference)())
     if sum(t.nbytes for t in tensors_in(kwargs)) > WIDE_LIMIT:
         return Truth(low, low)
     return Truth(tensors_in(prepared(cell, tree_map(_wide, kwargs), reference)()), low)
