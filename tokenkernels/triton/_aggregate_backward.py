@@ -108,7 +108,7 @@ def at(
     RAW: tl.constexpr, SLOPES: tl.constexpr,
     TOKENS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Scores, weights and, where `sloping`, slopes of some tokens and the slots from `first` on: the
+    """Scores, weights and, where `sloping`, slopes of some tokens and the slots from `first`: the
     gradients of their scores, weight × (⟨value, gradient⟩ − ⟨out, gradient⟩).
     """
     slot = first + tl.arange(0, SLOTS)
@@ -117,7 +117,7 @@ def at(
     lse = tl.load(lse_ptr + slot, slot_here, 0.0)
     grad = grad_ptr + row * grad_stride
     mean = tl.zeros([SLOTS], tl.float32)
-    if SLOPES:
+    if SLOPES:  # noqa: SIM102
         if sloping:
             out = out_ptr + row * out_stride
             mean = means(grad, out, slot_here, channels, SLOTS, WIDTH)
@@ -127,7 +127,7 @@ def at(
         RAW, TOKENS, SLOTS, WIDTH,
     )  # fmt: skip
     slopes = result
-    if SLOPES:
+    if SLOPES:  # noqa: SIM102
         if sloping:
             sums = products(value, visible, grad, slot_here, channels, TOKENS, SLOTS, WIDTH)
             slopes = tl.where(visible[:, None], result * (sums - mean[None, :]), 0.0)
@@ -214,18 +214,18 @@ def by_token(
             bias_sum += tl.sum(slopes, 1)
         if RAW:
             scale_sum += tl.sum(slopes * raw, 1)
-        if ONE and value_grad_ptr is not None:
+        if ONE and value_grad_ptr is not None:  # noqa: SIM102
             if valuing:
                 write(
                     parted, 1.0, grad, grad_stride, first, value_grad_ptr + row * channels_stride,
                     token, tokens, slots_stride, channels_stride, TOKENS, SLOTS, WIDTH,
                 )  # fmt: skip
-        if source_grad_ptr is not None and query_ptr is None:
+        if source_grad_ptr is not None and query_ptr is None:  # noqa: SIM102
             if sloping:
                 slot = first + tl.arange(0, SLOTS)
                 target = source_grad_ptr + row[:, None] * slots_stride + slot[None, :]
                 store(target, slopes, here[:, None] & (slot < slots_stride)[None, :])
-        if ONE and source_grad_ptr is not None and query_ptr is not None:
+        if ONE and source_grad_ptr is not None and query_ptr is not None:  # noqa: SIM102
             if sloping:
                 write(
                     slopes, factor, query, query_stride, first,
@@ -236,7 +236,7 @@ def by_token(
             tl.debug_barrier()  # the next slots read what other threads wrote
     if bias_grad_ptr is not None:
         tl.store(bias_grad_ptr + row, bias_sum, token < tl.where(sloping, tokens, 0))
-    if scale_grad_ptr is not None:
+    if scale_grad_ptr is not None:  # noqa: SIM102
         if sloping:
             tl.store(scale_grad_ptr + tile, tl.sum(scale_sum, 0))
     if not ONE and value_grad_ptr is not None:

@@ -131,7 +131,8 @@ def gather(
         value = value_ptr + image * value_image_stride + token.to(tl.int64) * value_stride
         add(
             out_ptr + row * channels_stride, parts, value, visible, slot, slot_here, total,
-            None if WHOLE else shrink, first, last, channels_stride, tl.where(start > split * span, slots, 0), SLOTS, CHANNELS,
+            None if WHOLE else shrink, first, last, channels_stride,
+            tl.where(start > split * span, slots, 0), SLOTS, CHANNELS,
         )  # fmt: skip
         if not WHOLE:
             tl.debug_barrier()  # the next piece reads what other threads wrote
@@ -163,7 +164,7 @@ def aggregate_soft(
     keep_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, the logarithm of each slot's total, the weights where they are kept."""
-    (images, tokens, features), channels = key.shape, value.shape[2]
+    (images, tokens, _), channels = key.shape, value.shape[2]
     slots = query.shape[-2]
     out, lse, weights = (
         torch.empty(shape, dtype=dtype, device=value.device)

@@ -62,7 +62,7 @@ def by_slot(
         here = token < tl.minimum(start + length, tokens)
         visible = shown(mask_ptr, image * mask_image_stride, mask_stride, token, here)
         source = source_ptr + image * source_image_stride + token.to(tl.int64) * source_stride
-        raw, parted, slopes = at(
+        _raw, _parted, slopes = at(
             first_slot, query_ptr + image * query_image_stride, query_stride,
             grad_ptr + image * grad_image_stride, grad_stride,
             out_ptr + image * out_image_stride, out_stride, lse_ptr + image * slots_stride,
@@ -107,7 +107,7 @@ def total(
                 sums += tl.load(scales_ptr + number, number < scales, 0.0)
             tl.store(scale_grad_ptr, tl.sum(sums, 0))
         program -= 1
-    if query_grad_ptr is not None:
+    if query_grad_ptr is not None:  # noqa: SIM102
         if program >= 0:
             across = tl.cdiv(width_stride, WIDTH)
             owner = (program // across).to(tl.int64)
