@@ -115,7 +115,7 @@ def find_centre(book, codes, code_stride, first, dim, dim_stride, HALF: tl.const
 @Kernel
 def prepare(
     book_ptr, packed_ptr, terms_ptr, centre_ptr, bounds_ptr, tickets_ptr,
-    dim, codes, padded, group_tickets,
+    dim, size, codes, padded, group_tickets,
     group_stride, code_stride, dim_stride,
     METRIC: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, CODES: tl.constexpr,
@@ -133,7 +133,7 @@ def prepare(
     second = tl.zeros((CODES,), tl.float32)
     broken = tl.zeros((CODES,), tl.float32)
     packed = packed_ptr + group * padded * DIM * (2 if PARTS == 2 else 1)
-    for first in range(0, DIM, WIDTH):
+    for first in range(0, size, WIDTH):
         d = first + tl.arange(0, WIDTH)
         e = load_chunk(book + code * code_stride, here, first, dim, dim_stride, WIDTH)
         broken += tl.sum(e * 0.0, 1)
@@ -208,11 +208,12 @@ def pack(books: Tensor, metric: str, parts: int, width: int, tickets: int) -> Pa
         {"METRIC": metric}
         | ({"PARTS": parts, "CHUNKS": size // width} if parts else {"DIM": size}),
     )
+    step = width if INTERPRETED else min(width, 32)
     launch(
         prepare, (groups * (padded // PREPARED.value),),
         books, packed.codes, packed.terms, packed.centre, packed.bounds, packed.tickets,
-        dim, codes, padded, tickets, *books.stride(),
-        config=Config({"CODES": PREPARED.value, "WIDTH": width if INTERPRETED else min(width, 32)}, 4, 1),
+        dim, size, codes, padded, tickets, *books.stride(),
+        config=Config({"CODES": PREPARED.value, "WIDTH": step}, 4, 1),
         METRIC=metric, HALF=books.dtype != torch.float32 and parts == 1, PARTS=parts, DIM=size,
     )  # fmt: skip
     return packed
@@ -222,7 +223,7 @@ class Rows(NamedTuple):
     """Tokens in place: how many per group, and the arguments that `row_offsets` wants."""
 
     x: Tensor
-    count: int
+    number: int
     layout: tuple[int, ...]
     """n1, n2, n3; the strides of the four leading dimensions, of groups, of components."""
 

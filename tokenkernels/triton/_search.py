@@ -27,7 +27,6 @@ def _wide(rows: int, codes: int, width: int, stages: int) -> Config:
 
 NARROW_TABLE = Table(
     [
-        Entry(Config({"ROWS": 8, "CODES": 128, "WIDTH": 16}, 1, 1), width=8),
         Entry(Config({"ROWS": 8, "CODES": 64, "WIDTH": 16}, 1, 1)),
     ]
 )
@@ -37,8 +36,9 @@ WIDE_TABLE = Table(
         Entry(_wide(64, 64, 32, 3), width=32),
         Entry(_wide(64, 64, 64, 3), width=64),
         Entry(_wide(64, 64, 64, 2), width=128),
-        Entry(_wide(64, 64, 64, 2), width=256, capability=90),
-        Entry(_wide(64, 32, 64, 2), width=256, bytes=(2,)),
+        Entry(_wide(64, 64, 64, 2), width=256, bytes=(2,), capability=90),
+        Entry(_wide(64, 64, 32, 2), width=256, capability=90),
+        Entry(_wide(64, 32, 32, 2), width=256, bytes=(2,)),
         Entry(_wide(64, 64, 128, 2), bytes=(2,), capability=90),
         Entry(_wide(64, 32, 128, 1), capability=90),
         Entry(_wide(32, 32, 64, 2), width=256),
@@ -84,12 +84,12 @@ def operands_of(
         length += tl.sum(x * x, 1)
         first = rounded(x, TYPE)
         x -= first
-        firsts = firsts + (first.to(TYPE),)  # noqa: RUF005
+        firsts = firsts + (first.to(TYPE),)  # type: ignore[assignment]  # noqa: RUF005
         if PARTS == 2:
             second += tl.sum(x * x, 1)
             first = rounded(x, TYPE)
             x -= first
-            seconds = seconds + (first.to(TYPE),)  # noqa: RUF005
+            seconds = seconds + (first.to(TYPE),)  # type: ignore[assignment]  # noqa: RUF005
         left += tl.sum(x * x, 1)
     return firsts, seconds, tl.sqrt(length), tl.sqrt(second), tl.sqrt(left), broken == 0.0
 

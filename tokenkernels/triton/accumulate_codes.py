@@ -172,7 +172,7 @@ def accumulate_codes(x: Tensor, index: Tensor, codes: int, grouped: bool) -> tup
     if not groups:
         return counts, sums
     tokens, numbers = rows_of(x, grouped), rows_of(index.unsqueeze(-1), grouped)
-    rows, span = tokens.count, RANKED.blocks["TOKENS"]
+    rows, span = tokens.number, RANKED.blocks["TOKENS"]
     chunks = max(1, min(CHUNKS, blocks(rows, span), TABLE_ENTRIES // (groups * codes)))
     chunk = blocks(blocks(rows, chunks), span) * span
     scanned = SCANNED.blocks["CODES"]

@@ -133,7 +133,7 @@ def search(
             x = tl.load(x_rows + d * x_dim_stride, inside, 0.0).to(tl.float32)
             whole = whole & (x * 0.0 == 0.0)
             mu = tl.load(centre_ptr + group * DIM + d)
-            xs = xs + (x - mu,)  # noqa: RUF005
+            xs = xs + (x - mu,)  # type: ignore[assignment]  # noqa: RUF005
         index, score = search_narrow(
             xs, packed_ptr + group * padded * DIM, terms_ptr, begin, end, padded,
             METRIC, DIM, CODES,
@@ -176,16 +176,16 @@ def run(
 ) -> None:  # fmt: skip
     """Launches `search`."""
     groups = books.shape[0]
-    row_blocks = blocks(rows.count, config.blocks["ROWS"])
+    row_blocks = blocks(rows.number, config.blocks["ROWS"])
     splits, length = split_of(groups * row_blocks * config.warps, packed.padded)
-    shape = (splits, rows.count, groups) if splits > 1 else (0,)
+    shape = (splits, rows.number, groups) if splits > 1 else (0,)
     launch(
         search, (groups * splits * row_blocks,),
         rows.x, books, packed.codes, packed.terms, packed.centre, packed.bounds, packed.tickets,
         torch.empty(shape, dtype=torch.float32, device=books.device),
         torch.empty(shape, dtype=torch.int32, device=books.device),
         index, distance, codes,
-        rows.count, groups, books.shape[2], packed.padded, splits, length,
+        rows.number, groups, books.shape[2], packed.padded, splits, length,
         *rows.layout, *books.stride(),
         config=config, **({"PARTS": 0, "CHUNKS": 1, "DIM": 0} | packed.constants),
     )  # fmt: skip
@@ -208,7 +208,7 @@ def assign_nearest(
     )
     codes = torch.empty(x.shape if return_codes else (0,), dtype=x.dtype, device=x.device)
     if index.numel():
-        tickets = blocks(rows.count, config.blocks["ROWS"])
+        tickets = blocks(rows.number, config.blocks["ROWS"])
         packed = pack(books, metric, parts, config.blocks["WIDTH"], tickets)
         run(
             rows, books, packed, config, index,

@@ -34,14 +34,14 @@ def chain_narrow(
     for d in tl.static_range(DIM):
         inside = row < tl.where(d < dim, rows, 0)
         x = tl.load(x_ptr + offsets + d * x_dim_stride, inside, 0.0)
-        rest = rest + (x.to(tl.float32),)  # noqa: RUF005
+        rest = rest + (x.to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     for round in range(0, rounds):
         near = ()
         whole = row < rows
         for d in tl.static_range(DIM):
             whole = whole & (rest[d] * 0.0 == 0.0)
             mu = tl.load(centre_ptr + round * DIM + d)
-            near = near + (rest[d] - mu,)  # noqa: RUF005
+            near = near + (rest[d] - mu,)  # type: ignore[assignment]  # noqa: RUF005
         index, _ = search_narrow(
             near, packed_ptr + tl.cast(round, tl.int64) * padded * DIM,
             terms_ptr + tl.cast(round, tl.int64) * 2 * padded, 0, padded, padded,
@@ -54,7 +54,7 @@ def chain_narrow(
         for d in tl.static_range(DIM):
             inside = row < tl.where(d < dim, rows, 0)
             e = tl.load(codes + d * dim_stride, inside, 0.0).to(tl.float32)
-            less = less + (rest[d] - e,)  # noqa: RUF005
+            less = less + (rest[d] - e,)  # type: ignore[assignment]  # noqa: RUF005
         rest = less
     for d in tl.static_range(DIM):
         inside = row < tl.where(d < dim, rows, 0)
@@ -117,15 +117,15 @@ def assign_residual(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
     rows = rows_of(x, False)
     index = torch.empty((*x.shape[:-1], rounds), dtype=torch.int64, device=x.device)
     residual = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if not rows.count:
+    if not rows.number:
         return index, residual
     parts = 0 if dim <= NARROW else 2
     config = config_of(parts, dim, x.device)
     if parts:
         config = Config(config.blocks | {"WIDTH": 32}, config.warps, config.stages)
     packed = pack(codebooks, "l2", parts, config.blocks["WIDTH"], 0)
-    programs = blocks(rows.count, config.blocks["ROWS"])
-    sizes = (rows.count, rounds, dim, packed.padded, *rows.layout, *codebooks.stride())
+    programs = blocks(rows.number, config.blocks["ROWS"])
+    sizes = (rows.number, rounds, dim, packed.padded, *rows.layout, *codebooks.stride())
     if not parts:
         launch(
             chain_narrow, (programs,),
