@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-
 from tokenmodels.sit import VARIANTS
 
 from bench import bench_models
