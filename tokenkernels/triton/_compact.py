@@ -11,35 +11,23 @@ import triton
 import triton.language as tl
 
 from tokenkernels.triton._launch import Kernel
-from tokenkernels.triton._math import store
+from tokenkernels.triton._math import narrow
 
-TENSOR, KIND, ROWS_OF, PLAN = (tl.constexpr(n) for n in (3, 8, 5, 5))
+TENSOR, LIST, PLAN = (tl.constexpr(n) for n in (3, 4, 5))
 """Integers of a record: source, target, place of the kind; heads, tokens, count, strides of batch,
-head and row, bytes of a row, bytes of a word; address, strides of batch, head and entry, bytes of
-an entry; rows of samples, of heads, entries, and the places of the first length and position.
+head and row, bytes of a row, bytes of a word; address, strides of batch, head and entry; rows of
+samples, of heads, entries, and the places of the first length and position.
 """
 MOST = tl.constexpr((1 << 31) - 1)
 PROBES = tl.constexpr(128)
 
 
 @triton.jit
-def row_of(table_ptr, place, image, head):
-    """One row of a list of integers: address, stride and size of an entry."""
+def row_of(table_ptr, place, image, head, KIND: tl.constexpr):
+    """One row of a list of integers: where it is, and the stride of its entries."""
     record = table_ptr + place
-    size = tl.load(record + 4)
     first = image * tl.load(record + 1) + head * tl.load(record + 2)
-    return tl.load(record) + first * size, tl.load(record + 3), size.to(tl.int32)
-
-
-@triton.jit
-def entries_of(row, number, here):
-    """Entries of a row, int64 or int32; -1 where not `here`."""
-    if row[2] == 8:
-        value = tl.load(row[0].to(tl.pointer_type(tl.int64)) + number * row[1], here, -1)
-    else:
-        narrow = tl.load(row[0].to(tl.pointer_type(tl.int32)) + number * row[1], here, -1)
-        value = narrow.to(tl.int64)
-    return value
+    return tl.load(record).to(tl.pointer_type(KIND)) + first, tl.load(record + 3)
 
 
 @triton.jit
@@ -49,7 +37,7 @@ def count_within(index, count, bound):
     while first < last:
         step = tl.cdiv(last - first, PROBES)
         probe = first + (tl.arange(0, PROBES) + 1) * step - 1
-        value = entries_of(index, probe, probe < last)
+        value = tl.load(index[0] + probe * index[1], probe < last, -1).to(tl.int64)
         good = (value >= 0) & (value < bound)
         first += tl.sum(good.to(tl.int32), 0) * step
         last = tl.minimum(first + step - 1, last)
@@ -66,8 +54,8 @@ def count_below(index, count, bar, SLOPE: tl.constexpr):
     while step > 0:
         number = found + step - 1
         inside = number < count
-        value = entries_of(index, number, inside) - SLOPE * number
-        found = tl.where(inside & (value < bar), number + 1, found)
+        value = tl.load(index[0] + number * index[1], inside, 0).to(tl.int64)
+        found = tl.where(inside & (value - SLOPE * number < bar), number + 1, found)
         step = step // 2
     return found
 
@@ -87,11 +75,12 @@ def moves_from(
     slot, here = entry, entry < last
     if FILL and not IN_PLACE:
         before = count_below(index, stays, slot, 0)
-        stay = entries_of(index, before, before < stays) == slot
+        stay = tl.load(index[0] + before * index[1], before < stays, -1) == slot
         entry = tl.where(stay, before, stays + slot - before)
         here &= slot < kept
-    found = entries_of(index, entry, here)
-    previous = entries_of(index, entry - 1, here & (entry > 0))
+    at = index[0] + entry * index[1]
+    found = tl.load(at, here, -1)
+    previous = tl.load(at - index[1], here & (entry > 0), -1)
     good = (found < limit) & (found > previous) & ((previous >= 0) | (entry == 0))
     position = tl.where(good, found, -1).to(tl.int32)
     if FILL and IN_PLACE:
@@ -202,31 +191,32 @@ def turn(
     frequency = tl.load(inv_freq_ptr + column, column < half, 0.0)
     for number in range(first, last, step):
         entry, slot, position, good = moves_from(rows, number, last, ROWS, IN_PLACE, FILL)
-        by = entries_of(new, entry, good) - entries_of(old, entry, good)
+        by = tl.load(new[0] + entry * new[1], good, 0).to(tl.int64)
+        by -= tl.load(old[0] + entry * old[1], good, 0)
         at = source + position.to(tl.int64)[:, None] * row_stride + column[None, :]
         low = tl.load(at, good[:, None] & inside, 0)
         high = tl.load(at + half, good[:, None] & inside, 0)
         cosine, sine = cos_sin(by.to(tl.float32)[:, None] * frequency[None, :])
         x = low.to(KEY, bitcast=True).to(tl.float32)
         y = high.to(KEY, bitcast=True).to(tl.float32)
-        writes = good & (position != slot) if IN_PLACE else slot < last
-        stays = (writes & (by == 0))[:, None] & inside
-        turns = (good & (by != 0))[:, None] & inside
+        turned = narrow(x * cosine - y * sine, KEY).to(BITS, bitcast=True)
+        low = tl.where(by[:, None] == 0, low, turned)
+        turned = narrow(y * cosine + x * sine, KEY).to(BITS, bitcast=True)
+        high = tl.where(by[:, None] == 0, high, turned)
+        writes = slot < last
+        if IN_PLACE:
+            writes = good & ((position != slot) | (by != 0))
         if IN_PLACE and not FILL:
             tl.debug_barrier()
         to = target + slot.to(tl.int64)[:, None] * target_stride + column[None, :]
-        tl.store(to, low, stays)
-        tl.store(to + half, high, stays)
-        key = target.to(tl.pointer_type(KEY), bitcast=True)
-        key += slot.to(tl.int64)[:, None] * target_stride + column[None, :]
-        store(key, x * cosine - y * sine, turns)
-        store(key + half, y * cosine + x * sine, turns)
+        tl.store(to, low, writes[:, None] & inside)
+        tl.store(to + half, high, writes[:, None] & inside)
 
 
 @triton.jit
 def plan(
     table_ptr, lengths_ptr, positions_ptr, indices, most_rows, plans, index, program, programs,
-    SLOTS: tl.constexpr, FILL: tl.constexpr,
+    SLOTS: tl.constexpr, INDEX: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
     """Writes how many entries each index row has, and the position that fills each slot."""
     for unit in range(program, indices * most_rows, programs):
@@ -236,7 +226,8 @@ def plan(
         count = tl.load(record + 2).to(tl.int32)
         lengths, positions = tl.load(record + 3), tl.load(record + 4)
         if row < images * heads:
-            entries = row_of(table_ptr, index + number * ROWS_OF, row // heads, row % heads)
+            place = index + number * LIST
+            entries = row_of(table_ptr, place, row // heads, row % heads, INDEX)
             kept = count_within(entries, count, MOST)
             tl.store(lengths_ptr + lengths + row, kept)
             stays = kept * 0
@@ -255,6 +246,7 @@ def compact(
     per_layer, batch, shares, indices, most_rows, plans,
     index, index_step, limits, limits_step, old, old_step, new, new_step,
     ROWS: tl.constexpr, SLOTS: tl.constexpr, BYTES: tl.constexpr, WORDS: tl.constexpr,
+    INDEX: tl.constexpr, LIMITS: tl.constexpr, OLD: tl.constexpr, NEW: tl.constexpr,
     KEY: tl.constexpr, BITS: tl.constexpr, VECTOR: tl.constexpr,
     IN_PLACE: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
@@ -264,7 +256,7 @@ def compact(
     if tl.program_id(1) == 0:
         plan(
             table_ptr, lengths_ptr, positions_ptr, indices, most_rows, plans, index,
-            tl.program_id(0), tl.num_programs(0), SLOTS, FILL,
+            tl.program_id(0), tl.num_programs(0), SLOTS, INDEX, FILL,
         )  # fmt: skip
     else:
         tensor = tl.program_id(1) - 1
@@ -282,16 +274,16 @@ def compact(
         heads = tl.maximum(heads, 1)
         head, image = unit % heads, unit // heads
         if image < batch:
-            entries = row_of(table_ptr, index + layer * index_step, image, head)
+            entries = row_of(table_ptr, index + layer * index_step, image, head, INDEX)
             kept, stays, last, limit = count, count * 0, count, tokens
             if FILL:
                 kept = count_within(entries, count, MOST)
                 stays = count_within(entries, kept, kept)
             if FILL and IN_PLACE:
                 last = kept
-            if limits >= 0:
-                lengths = row_of(table_ptr, limits + layer * limits_step, image, head)
-                limit = tl.minimum(entries_of(lengths, 0, last > 0), tokens)
+            if LIMITS is not None:
+                at, _ = row_of(table_ptr, limits + layer * limits_step, image, head, LIMITS)
+                limit = tl.minimum(tl.load(at, last > 0, 0), tokens)
             rows = (entries, limit, kept, stays)
             start = stays if FILL and IN_PLACE else stays * 0
             source += image * tl.load(kind + 3) + head * tl.load(kind + 4)
@@ -302,10 +294,10 @@ def compact(
             if KEY is not None:
                 if tensor % per_layer == 0:
                     word = word * 0
-                    olds = row_of(table_ptr, old + layer * old_step, image, head)
-                    news = row_of(table_ptr, new + layer * new_step, image, head)
+                    olds = row_of(table_ptr, old + layer * old_step, image, head, OLD)
+                    news = row_of(table_ptr, new + layer * new_step, image, head, NEW)
                     SIZE: tl.constexpr = BITS.primitive_bitwidth // 8
-                    FEWER: tl.constexpr = ROWS // 4 if ROWS >= 4 else 1
+                    FEWER: tl.constexpr = ROWS * SIZE // 8
                     turn(
                         source, to, rows, olds, news, inv_freq_ptr, row_stride, to_stride,
                         row_bytes // (2 * SIZE), cut, share * FEWER, last, shares * FEWER,

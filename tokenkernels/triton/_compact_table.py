@@ -29,19 +29,17 @@ KEYS = {
 TABLE = Table(
     [
         Entry(Config({"ROWS": 32, "SLOTS": 512}, stages=1), width=64, bytes=(1, 2)),
-        Entry(Config({"ROWS": 16, "SLOTS": 512}, stages=1), width=256, bytes=(1, 2)),
-        Entry(Config({"ROWS": 4, "SLOTS": 512}, stages=1), bytes=(1, 2)),
+        Entry(Config({"ROWS": 8, "SLOTS": 512}, stages=1), bytes=(1, 2)),
         Entry(Config({"ROWS": 256, "SLOTS": 512}, stages=1), width=64),
         Entry(Config({"ROWS": 128, "SLOTS": 512}, stages=1), width=128),
         Entry(Config({"ROWS": 64, "SLOTS": 512}, stages=1), width=256),
-        Entry(Config({"ROWS": 32, "SLOTS": 512}, stages=1), width=512),
-        Entry(Config({"ROWS": 16, "SLOTS": 512}, stages=1)),
+        Entry(Config({"ROWS": 32, "SLOTS": 512}, stages=1)),
     ]
 )
 """By the smallest word and the bytes of a program's columns. Tiles of 16 KB, of which every thread
 holds 128 bytes; fewer where words are small. Loops stay as they are written: one stage.
 """
-MOST_BYTES, LEAST_BYTES, MOST_TILES = 1024, 64, 8
+MOST_BYTES, LEAST_BYTES, MOST_TILES = 512, 64, 8
 """Of a row in one program; tiles of a program that shares a head with others."""
 
 
@@ -73,8 +71,8 @@ class Layout:
         for one in rows:
             *strides, last = (*one.stride(), *[0] * (not entries))
             strides += [0] * (2 - len(strides))
-            self.values += one.data_ptr(), *strides, last, one.element_size()
-        return place, 5 if len(rows) > 1 else 0
+            self.values += one.data_ptr(), *strides, last
+        return place, 4 if len(rows) > 1 else 0
 
     def plan(self, index: Sequence[Tensor]) -> int:
         """Where it is written which lengths and positions come from which index."""
@@ -85,6 +83,15 @@ class Layout:
             rows += images * heads
             entries += one.numel()
         return place
+
+
+def alike(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], tl.dtype | None]:
+    """Integers of one dtype: of both, the narrow ones are copied."""
+    if not rows:
+        return rows, None
+    if all(one.dtype == torch.int32 for one in rows):
+        return rows, tl.int32
+    return [one.long() for one in rows], tl.int64
 
 
 def granule(*numbers: int) -> int:
@@ -112,7 +119,8 @@ def run(
     shared = len(index) == 1
     slots = [index[0 if shared else i // per_layer].shape[-1] for i in range(len(tensors))]
     layout = Layout(tensors, targets, slots)
-    lists = [layout.add(index), layout.add(lengths, False), layout.add(old), layout.add(new)]
+    lists, kinds = zip(*map(alike, (index, lengths, old, new)), strict=True)
+    places = [layout.add(rows, n != 1) for n, rows in enumerate(lists)]
     plans = layout.plan(index)
     words = tuple(sorted(set(layout.kinds.values()), reverse=True))
     widest, batch = max(kind[6] for kind in layout.kinds), tensors[0].shape[0]
@@ -133,8 +141,9 @@ def run(
         compact, (programs, 1 + len(tensors)),
         _fill.integers(layout.values, tensors[0].device), inv_freq, counts, positions,
         per_layer, batch, shares, len(index), most_rows, plans,
-        *(number for place in lists for number in place),
-        config=config, BYTES=cut, WORDS=words, KEY=key, BITS=bits, VECTOR=vector,
+        *(number for place in places for number in place),
+        config=config, BYTES=cut, WORDS=words,
+        **dict(zip(("INDEX", "LIMITS", "OLD", "NEW"), kinds, strict=True)), KEY=key, BITS=bits, VECTOR=vector,
         IN_PLACE=in_place, FILL=fill,
     )  # fmt: skip
     return counts, positions
