@@ -184,7 +184,7 @@ def launches(kwargs: dict[str, Any]) -> tuple[int, int]:
         for t in layer
     }
     lists = [index, index, kwargs.get("lengths"), *(kwargs.get("rope") or ())[1:]]
-    rows = sum(len(one) if isinstance(one, (list, tuple)) else 1 for one in lists if one is not None)
+    rows = sum(1 if isinstance(one, Tensor) else len(one or ()) for one in lists)
     integers = 3 * sum(len(layer) for layer in layers) + 8 * len(kinds) + 5 * rows
     return 1 + -(-integers // 256), 0
 

@@ -92,11 +92,25 @@ def moves_from(
 
 
 @triton.jit
+def words_at(address, SIZE: tl.constexpr):
+    """The address as one of integers of this size."""
+    if SIZE == 8:
+        pointer = address.to(tl.pointer_type(tl.int64))
+    elif SIZE == 4:
+        pointer = address.to(tl.pointer_type(tl.int32))
+    elif SIZE == 2:
+        pointer = address.to(tl.pointer_type(tl.int16))
+    else:
+        pointer = address.to(tl.pointer_type(tl.int8))
+    return pointer
+
+
+@triton.jit
 def fetch(
-    source, rows, row_stride, column, width, first, last,
+    source, rows, row_stride, target_stride, column, width, first, last,
     ROWS: tl.constexpr, IN_PLACE: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
-    """A tile of words, the slots it goes to, and where it is written."""
+    """A tile of words, the offsets it goes to, and which of it is written."""
     _, slot, position, good = moves_from(rows, first, last, ROWS, IN_PLACE, FILL)
     writes = slot < last
     if IN_PLACE:
@@ -105,7 +119,8 @@ def fetch(
     inside = (column < width)[None, :]
     at = source + position.to(tl.int64)[:, None] * row_stride + column[None, :]
     value = tl.load(at, good[:, None] & inside, 0)
-    return value, slot, writes[:, None] & inside
+    to = slot.to(tl.int64)[:, None] * target_stride + column[None, :]
+    return value, to, writes[:, None] & inside
 
 
 @triton.jit
@@ -116,18 +131,7 @@ def carry(
 ):  # fmt: skip
     """Moves rows as words; 16 bytes are two words of 8 that are loaded together."""
     SIZE: tl.constexpr = WORD if WORD < 8 else 8
-    if SIZE == 8:
-        source = source.to(tl.pointer_type(tl.int64))
-        target = target.to(tl.pointer_type(tl.int64))
-    elif SIZE == 4:
-        source = source.to(tl.pointer_type(tl.int32))
-        target = target.to(tl.pointer_type(tl.int32))
-    elif SIZE == 2:
-        source = source.to(tl.pointer_type(tl.int16))
-        target = target.to(tl.pointer_type(tl.int16))
-    else:
-        source = source.to(tl.pointer_type(tl.int8))
-        target = target.to(tl.pointer_type(tl.int8))
+    source, target = words_at(source, SIZE), words_at(target, SIZE)
     source, target = tl.multiple_of(source, WORD), tl.multiple_of(target, WORD)
     row_stride = tl.multiple_of(row_stride // SIZE, WORD // SIZE)
     target_stride = tl.multiple_of(target_stride // SIZE, WORD // SIZE)
@@ -135,22 +139,25 @@ def carry(
     column = cut * (BYTES // SIZE) + tl.arange(0, BYTES // SIZE)
     if IN_PLACE and not FILL:
         # A tile's slots lie below all that the next tile reads, so that is loaded before.
-        value, slot, writes = fetch(
-            source, rows, row_stride, column, width, first, last, ROWS, IN_PLACE, FILL
-        )
+        value, to, writes = fetch(
+            source, rows, row_stride, target_stride, column, width, first, last,
+            ROWS, IN_PLACE, FILL,
+        )  # fmt: skip
         for number in range(first, last, step):
-            value_2, slot_2, writes_2 = fetch(
-                source, rows, row_stride, column, width, number + step, last, ROWS, IN_PLACE, FILL
-            )
+            value_2, to_2, writes_2 = fetch(
+                source, rows, row_stride, target_stride, column, width, number + step, last,
+                ROWS, IN_PLACE, FILL,
+            )  # fmt: skip
             tl.debug_barrier()
-            tl.store(target + slot.to(tl.int64)[:, None] * target_stride + column[None, :], value, writes)
-            value, slot, writes = value_2, slot_2, writes_2
+            tl.store(target + to, value, writes)
+            value, to, writes = value_2, to_2, writes_2
     else:
         for number in range(first, last, step):
-            value, slot, writes = fetch(
-                source, rows, row_stride, column, width, number, last, ROWS, IN_PLACE, FILL
-            )
-            tl.store(target + slot.to(tl.int64)[:, None] * target_stride + column[None, :], value, writes)
+            value, to, writes = fetch(
+                source, rows, row_stride, target_stride, column, width, number, last,
+                ROWS, IN_PLACE, FILL,
+            )  # fmt: skip
+            tl.store(target + to, value, writes)
 
 
 @triton.jit
@@ -236,8 +243,65 @@ def plan(
             rows = (entries, MOST, kept, stays)
             first_ptr = positions_ptr + positions + row.to(tl.int64) * count
             for first in range(kept * 0, count, SLOTS):
-                _, slot, position, good = moves_from(rows, first, count, SLOTS, False, FILL)
+                _, slot, position, _ = moves_from(rows, first, count, SLOTS, False, FILL)
                 tl.store(first_ptr + slot, position.to(tl.int64), slot < count)
+
+
+@triton.jit
+def serve(
+    table_ptr, inv_freq_ptr, tensor, program, per_layer, batch, shares, places,
+    ROWS: tl.constexpr, BYTES: tl.constexpr, WORDS: tl.constexpr,
+    INDEX: tl.constexpr, LIMITS: tl.constexpr, OLD: tl.constexpr, NEW: tl.constexpr,
+    KEY: tl.constexpr, BITS: tl.constexpr, VECTOR: tl.constexpr,
+    IN_PLACE: tl.constexpr, FILL: tl.constexpr,
+):  # fmt: skip
+    """Moves what one program has of a head of a tensor: some columns, every so many tiles."""
+    layer = tensor // per_layer
+    record = table_ptr + tensor * TENSOR
+    source, target, kind = tl.load(record), tl.load(record + 1), table_ptr + tl.load(record + 2)
+    heads, count = tl.load(kind).to(tl.int32), tl.load(kind + 2).to(tl.int32)
+    limit, row_stride = tl.load(kind + 1), tl.load(kind + 5)
+    row_bytes, word = tl.load(kind + 6).to(tl.int32), tl.load(kind + 7).to(tl.int32)
+    heads, cuts = tl.maximum(heads, 1), tl.maximum(tl.cdiv(row_bytes, BYTES), 1)
+    share, unit = program % shares, program // shares
+    cut, unit = unit % cuts, unit // cuts
+    head, image = unit % heads, unit // heads
+    if image < batch:
+        entries = row_of(table_ptr, places[0] + layer * places[1], image, head, INDEX)
+        kept, stays, start, last = count, count * 0, count * 0, count
+        if FILL:
+            kept = count_within(entries, count, MOST)
+            stays = count_within(entries, kept, kept)
+        if FILL and IN_PLACE:
+            start, last = stays, kept
+        if LIMITS is not None:
+            at, _ = row_of(table_ptr, places[2] + layer * places[3], image, head, LIMITS)
+            limit = tl.minimum(tl.load(at, count > 0, 0), limit)
+        rows = (entries, limit, kept, stays)
+        source += image * tl.load(kind + 3) + head * tl.load(kind + 4)
+        to, to_stride = source, row_stride
+        if not IN_PLACE:
+            to = target + (image * heads + head).to(tl.int64) * count * row_bytes
+            to_stride = row_bytes
+        if KEY is not None:  # noqa: SIM102
+            if tensor % per_layer == 0:
+                word = word * 0
+                old = row_of(table_ptr, places[4] + layer * places[5], image, head, OLD)
+                new = row_of(table_ptr, places[6] + layer * places[7], image, head, NEW)
+                SIZE: tl.constexpr = BITS.primitive_bitwidth // 8
+                FEWER: tl.constexpr = ROWS * SIZE // 8
+                turn(
+                    source, to, rows, old, new, inv_freq_ptr, row_stride, to_stride,
+                    row_bytes // (2 * SIZE), cut, share * FEWER, last, shares * FEWER,
+                    KEY, BITS, VECTOR, FEWER, BYTES // (2 * SIZE), IN_PLACE, FILL,
+                )  # fmt: skip
+        for w in tl.static_range(len(WORDS)):
+            if word == WORDS[w]:
+                carry(
+                    source, to, rows, row_stride, to_stride, row_bytes, cut,
+                    start + share * ROWS, last, shares * ROWS,
+                    WORDS[w], ROWS, BYTES, IN_PLACE, FILL,
+                )  # fmt: skip
 
 
 @Kernel
@@ -250,63 +314,18 @@ def compact(
     KEY: tl.constexpr, BITS: tl.constexpr, VECTOR: tl.constexpr,
     IN_PLACE: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
-    """The plane 0 of the grid plans; each other one moves a tensor, its keys turned where KEY is
-    a dtype.
+    """The first plane of the grid plans; each other one moves a tensor, its keys turned where KEY
+    is a dtype.
     """
-    if tl.program_id(1) == 0:
+    plane, program = tl.program_id(1), tl.program_id(0)
+    if plane == 0:
         plan(
             table_ptr, lengths_ptr, positions_ptr, indices, most_rows, plans, index,
-            tl.program_id(0), tl.num_programs(0), SLOTS, INDEX, FILL,
+            program, tl.num_programs(0), SLOTS, INDEX, FILL,
         )  # fmt: skip
     else:
-        tensor = tl.program_id(1) - 1
-        layer = tensor // per_layer
-        record = table_ptr + tensor * TENSOR
-        source, target, kind = tl.load(record), tl.load(record + 1), tl.load(record + 2)
-        kind = table_ptr + kind
-        heads, tokens = tl.load(kind).to(tl.int32), tl.load(kind + 1)
-        count, row_stride = tl.load(kind + 2).to(tl.int32), tl.load(kind + 5)
-        row_bytes, word = tl.load(kind + 6).to(tl.int32), tl.load(kind + 7).to(tl.int32)
-        unit = tl.program_id(0)
-        share, unit = unit % shares, unit // shares
-        cuts = tl.maximum(tl.cdiv(row_bytes, BYTES), 1)
-        cut, unit = unit % cuts, unit // cuts
-        heads = tl.maximum(heads, 1)
-        head, image = unit % heads, unit // heads
-        if image < batch:
-            entries = row_of(table_ptr, index + layer * index_step, image, head, INDEX)
-            kept, stays, last, limit = count, count * 0, count, tokens
-            if FILL:
-                kept = count_within(entries, count, MOST)
-                stays = count_within(entries, kept, kept)
-            if FILL and IN_PLACE:
-                last = kept
-            if LIMITS is not None:
-                at, _ = row_of(table_ptr, limits + layer * limits_step, image, head, LIMITS)
-                limit = tl.minimum(tl.load(at, last > 0, 0), tokens)
-            rows = (entries, limit, kept, stays)
-            start = stays if FILL and IN_PLACE else stays * 0
-            source += image * tl.load(kind + 3) + head * tl.load(kind + 4)
-            to, to_stride = source, row_stride
-            if not IN_PLACE:
-                to = target + (image * heads + head).to(tl.int64) * count * row_bytes
-                to_stride = row_bytes
-            if KEY is not None:
-                if tensor % per_layer == 0:
-                    word = word * 0
-                    olds = row_of(table_ptr, old + layer * old_step, image, head, OLD)
-                    news = row_of(table_ptr, new + layer * new_step, image, head, NEW)
-                    SIZE: tl.constexpr = BITS.primitive_bitwidth // 8
-                    FEWER: tl.constexpr = ROWS * SIZE // 8
-                    turn(
-                        source, to, rows, olds, news, inv_freq_ptr, row_stride, to_stride,
-                        row_bytes // (2 * SIZE), cut, share * FEWER, last, shares * FEWER,
-                        KEY, BITS, VECTOR, FEWER, BYTES // (2 * SIZE), IN_PLACE, FILL,
-                    )  # fmt: skip
-            for w in tl.static_range(len(WORDS)):
-                if word == WORDS[w]:
-                    carry(
-                        source, to, rows, row_stride, to_stride, row_bytes, cut,
-                        start + share * ROWS, last, shares * ROWS,
-                        WORDS[w], ROWS, BYTES, IN_PLACE, FILL,
-                    )  # fmt: skip
+        places = (index, index_step, limits, limits_step, old, old_step, new, new_step)
+        serve(
+            table_ptr, inv_freq_ptr, plane - 1, program, per_layer, batch, shares, places,
+            ROWS, BYTES, WORDS, INDEX, LIMITS, OLD, NEW, KEY, BITS, VECTOR, IN_PLACE, FILL,
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""compact_kv on the host: what a call moves, as a table of integers, and the launch that reads it."""
+"""compact_kv on the host: what a call moves, as a table of integers, and the launch of it."""
 
 from __future__ import annotations
 
@@ -103,10 +103,10 @@ def granule(*numbers: int) -> int:
 
 
 def kind_of(x: Tensor, count: int) -> tuple[int, ...]:
-    """Heads, tokens and count, strides in bytes, bytes of a row."""
-    size = x.element_size()
+    """Heads, tokens and count, strides in bytes, bytes of a row; positions have 31 bits."""
+    size, tokens = x.element_size(), min(x.shape[2], 2**31 - 1)
     strides = [s * size if n > 1 else 0 for s, n in zip(x.stride(), x.shape[:3], strict=False)]
-    return x.shape[1], x.shape[2], count if x.shape[1] else 0, *strides, x.shape[3] * size
+    return x.shape[1], tokens, count if x.shape[1] else 0, *strides, x.shape[3] * size
 
 
 def run(
@@ -135,7 +135,7 @@ def run(
     if inv_freq is not None:
         key, bits = KEYS[tensors[0].dtype]
         size = tensors[0].element_size()
-        halves = granule(*(layout.kinds[kind] for kind in layout.kinds), inv_freq.numel() * size)
+        halves = granule(*words, inv_freq.numel() * size)
         vector = max(1, halves // size)
     launch(
         compact, (programs, 1 + len(tensors)),
@@ -143,8 +143,8 @@ def run(
         per_layer, batch, shares, len(index), most_rows, plans,
         *(number for place in places for number in place),
         config=config, BYTES=cut, WORDS=words,
-        **dict(zip(("INDEX", "LIMITS", "OLD", "NEW"), kinds, strict=True)), KEY=key, BITS=bits, VECTOR=vector,
-        IN_PLACE=in_place, FILL=fill,
+        INDEX=kinds[0], LIMITS=kinds[1], OLD=kinds[2], NEW=kinds[3],
+        KEY=key, BITS=bits, VECTOR=vector, IN_PLACE=in_place, FILL=fill,
     )  # fmt: skip
     return counts, positions
 
