@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tokenkernels as tk
+from tokenkernels._op import OPS
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -159,3 +160,57 @@ def test_in_place_a_leaf_that_requires_grad_is_refused() -> None:
     with torch.no_grad():
         tk.compact_kv([(cache, leaf)], _kept(12, 5), inplace=True)
     assert torch.equal(leaf[:, :, :5], before[:, :, _kept(12, 5)])
+
+
+def _triton() -> None:
+    if reason := OPS["compact_kv"].why_not("triton", "cpu"):
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("order", ["stable", "fill"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_triton_walks_many_tiles(inplace: bool, order: str) -> None:
+    """The second tensor has rows of 4 bytes; the keys are turned."""
+    _triton()
+    few = torch.cat((_kept(900, 150), torch.full((550,), -1)))
+    index = torch.stack([_kept(900, 700), few])[None]
+    rope = (torch.rand(8), index, torch.arange(700))
+    layer = (torch.randn(1, 2, 900, 16), torch.randint(9, (1, 2, 900, 1)).int())
+    results = []
+    for backend in ("reference", "triton"):
+        cache = tuple(t.clone() for t in layer)
+        kept = tk.compact_kv(
+            [cache], index, order=order, inplace=inplace, rope=rope, backend=backend
+        )
+        results.append([*cache, *kept.layers[0], kept.lengths, kept.positions])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("order", ["stable", "fill"])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("fault", [24, 0, -7, 2**32 + 3, -(2**40)])
+def test_triton_skips_a_bad_entry(inplace: bool, order: str, fault: int) -> None:
+    """A GPU refuses no values: other heads are right, and memory around the cache is untouched."""
+    _triton()
+    around = torch.randn(4, 30, 16)
+    before, cache = around.clone(), around[1:3].unsqueeze(0)
+    good = _kept(24, 12)
+    index = good.repeat(1, 2, 1)
+    index[0, 1, 5] = fault
+    want = tk.compact_kv([(cache,)], good, order=order, backend="reference").layers[0][0]
+    got = tk.compact_kv(
+        [(cache,)], index, lengths=torch.tensor(24), order=order, inplace=inplace, backend="triton"
+    )
+    assert torch.equal(got.layers[0][0][0, 0], want[0, 0])
+    assert torch.equal(around[[0, 3]], before[[0, 3]])
+
+
+def test_triton_leaves_the_bits_of_keys_that_stay() -> None:
+    """NaN among them, whatever its payload."""
+    _triton()
+    bits = torch.randint(-(2**15), 2**15, (1, 1, 20, 8)).to(torch.int16)
+    index = _kept(20, 9)
+    rope = (torch.ones(4), index, index)
+    kept = tk.compact_kv([(bits.view(torch.bfloat16),)], index, rope=rope, backend="triton")
+    assert torch.equal(kept.layers[0][0].view(torch.int16), bits[:, :, index])

@@ -208,6 +208,24 @@ def cost(kwargs: dict[str, Any]) -> tuple[float, float]:
     return total, 0
 
 
+def launches(kwargs: dict[str, Any]) -> tuple[int, int]:
+    """One that moves, and one for every 256 integers of the table it reads: 3 for a tensor, 8 for
+    those of one shape and layout, 5 for each list of integers, and for each index 5 more.
+    """
+    index, layers = kwargs["index"], kwargs["layers"]
+    indices = [index] if isinstance(index, Tensor) else index
+    counts = [one.shape[-1] for one in indices] * (1 if len(indices) > 1 else len(layers))
+    kinds = {
+        (t.shape, t.stride(), t.element_size(), count)
+        for layer, count in zip(layers, counts, strict=True)
+        for t in layer
+    }
+    lists = [index, index, kwargs.get("lengths"), *(kwargs.get("rope") or ())[1:]]
+    rows = sum(1 if isinstance(one, Tensor) else len(one or ()) for one in lists)
+    integers = 3 * sum(len(layer) for layer in layers) + 8 * len(kinds) + 5 * rows
+    return 1 + -(-integers // 256), 0
+
+
 def _first_index(kwargs: dict[str, Any], value: int) -> dict[str, Any]:
     """The last row of the index, which is full, with another first entry."""
     index = kwargs["index"].clone()

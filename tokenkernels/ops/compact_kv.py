@@ -294,6 +294,7 @@ OP = Op(
     cost=cases.cost,
     batch=("layers", "index", "lengths"),
     casts=False,
+    launches=cases.launches,
 )
 
 IN_PLACE = Op(
@@ -306,4 +307,5 @@ IN_PLACE = Op(
     cost=cases.cost,
     batch=("layers", "index", "lengths"),
     casts=False,
+    launches=cases.launches,
 )

@@ -1,4 +1,4 @@
-"""Puts a few integers of the host into memory of the GPU by a kernel: no copy, so a CUDA graph can
+"""Puts integers of the host into memory of the GPU by a kernel: no copy, so a CUDA graph can
 capture it.
 """
 
@@ -8,33 +8,29 @@ from torch import Tensor
 
 from tokenkernels.triton._launch import Config, Kernel, launch
 
-PER_LAUNCH = 16
+FEW, MANY = 16, 256
+"""Integers of one launch; 256 take half of the 4 KB that arguments may."""
 _BIAS = 1 << 40
-"""Added on the way, so that every integer has 64 bits and no other compilation is needed."""
+"""Added on the way, so that every integer has 64 bits; they arrive doubled and odd, so that none
+is a multiple of 16. So no other compilation is needed for other values.
+"""
 
 
 @Kernel
-def fill(
-    out_ptr, first, count,
-    v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15,
-    BIAS: tl.constexpr,
-):  # fmt: skip
-    """Stores up to 16 integers from `first` on."""
-    values = (v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15)
-    for place in tl.static_range(16):
-        tl.store(out_ptr + first + place, values[place] - BIAS, first + place < count)
+def fill(out_ptr, first, count, values, BIAS: tl.constexpr):
+    """Stores as many integers from `first` on."""
+    for place in tl.static_range(len(values)):
+        value = (values[place] - BIAS) >> 1
+        tl.store(out_ptr + first + place, value, first + place < count)
 
 
 def integers(values: list[int], device: torch.device) -> Tensor:
-    """An int64 tensor of these values, 16 a launch."""
+    """An int64 tensor of these values, up to 256 a launch."""
     out = torch.empty(len(values), dtype=torch.int64, device=device)
-    for first in range(0, len(values), PER_LAUNCH):
-        part = [v + _BIAS for v in values[first : first + PER_LAUNCH]]
-        part += [_BIAS] * (PER_LAUNCH - len(part))
-        launch(fill, (1,), out, first, len(values), *part, config=Config({}, warps=1), BIAS=_BIAS)
+    size = FEW if len(values) <= FEW else MANY
+    for first in range(0, len(values), size):
+        part = values[first : first + size]
+        part = part + [0] * (size - len(part))
+        odd = tuple(2 * v + 1 + _BIAS for v in part)
+        launch(fill, (1,), out, first, len(values), odd, config=Config({}, warps=1), BIAS=_BIAS)
     return out
-
-
-def launches(count: int) -> int:
-    """How many `integers` takes."""
-    return -(-count // PER_LAUNCH)
