@@ -224,6 +224,7 @@ BACKWARD = Op(
     reference=_backward_reference,
     fake=_backward_fake,
     cases=[],
+    launches=lambda kwargs: (6, 0),
 )
 
 OP = Op(
@@ -243,4 +244,5 @@ OP = Op(
     backward=_backward,
     setup_context=_setup_context,
     batch=("x",),
+    launches=lambda kwargs: (2, 6),
 )

@@ -22,10 +22,17 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def store(pointer, value, mask):
-    """Stores `value` in the dtype of the pointer, rounded to nearest even."""
-    if INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
-        bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+def narrow(value, dtype: tl.constexpr):
+    """`value` in `dtype`, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        value = value.to(tl.float32)
+        bits = value.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
-    tl.store(pointer, value.to(pointer.dtype.element_ty), mask)
+    return value.to(dtype)
+
+
+@triton.jit
+def store(pointer, value, mask):
+    """Stores `value` in the dtype of the pointer, rounded to nearest even."""
+    tl.store(pointer, narrow(value, pointer.dtype.element_ty), mask)
