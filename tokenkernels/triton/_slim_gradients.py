@@ -60,7 +60,7 @@ def shares_of(
     x, grad, tokens, here, slot_here, channels,
     TOKENS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """⟨x, grad⟩ of a tile of tokens, less its mean over all tokens, ⟨tokens, grad⟩."""
+    """⟨x, grad⟩ of a tile of tokens, less about its mean over all tokens, ⟨tokens, grad⟩."""
     shares = tl.zeros([TOKENS, SLOTS], tl.float32)
     mean = tl.zeros([SLOTS], tl.float32)
     for first in range(0, channels, WIDTH):
@@ -76,20 +76,21 @@ def shares_of(
 @Kernel
 def spread(
     grad_ptr, tokens_ptr, x_ptr, projected_ptr, w2_ptr, lse_ptr, scale_ptr,
-    weights_ptr, logits_ptr, hidden_ptr, statistics_ptr, change_ptr,
-    tokens, slots, scale, eps, rows, channels_stride, hidden_stride, image_stride, row_stride,
+    weights_ptr, logits_ptr, hidden_ptr, statistics_ptr, sums_ptr,
+    tokens, slots, scale, eps, rows, places, channels_stride, hidden_stride, image_stride, row_stride,
     grad_image_stride, grad_stride, tokens_image_stride, tokens_stride, w2_stride, width_stride,
     projected_image_stride, projected_stride,
     TOKENS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Weights, the logits' gradient and what it gives to the scale's, of a tile of tokens of one
-    image and a block of slots; hidden tokens, mean and 1 / deviation of these tokens.
+    """Weights, the logits' gradient to within a multiple of them, and sums of both, of a tile of
+    tokens of one image and a block of slots; hidden tokens, mean and 1 / deviation of these tokens.
     """
     program = tl.program_id(0)
     down, tiles = tl.cdiv(slots, SLOTS), tl.cdiv(tokens, TOKENS)
     block = program % down
-    image = (program // (down * tiles)).to(tl.int64)
-    token = program // down % tiles * TOKENS + tl.arange(0, TOKENS)
+    tile_index = program // down
+    image = (tile_index // tiles).to(tl.int64)
+    token = tile_index % tiles * TOKENS + tl.arange(0, TOKENS)
     slot = block * SLOTS + tl.arange(0, SLOTS)
     here, slot_here = token < tokens, slot < slots
     row = image * tokens + token
@@ -112,35 +113,83 @@ def spread(
     lse = tl.load(lse_ptr + image * slots + slot, slot_here, 0.0)
     inside = here[:, None] & slot_here[None, :]
     weights = tl.where(inside, tl.exp2((raw * factor - lse[None, :]) * LOG2E), 0.0)
-    change = tl.where(inside, weights * shares, 0.0)
+    change = tl.where(inside & (tokens > 1), weights * shares, 0.0)
     mask = here[:, None] & (slot < width_stride)[None, :]
     place = row[:, None] * width_stride + slot[None, :]
     store(weights_ptr + place, weights, mask)
     store(logits_ptr + place, change * factor, mask)
-    tl.store(change_ptr + program, tl.sum(change * raw))
+    target = sums_ptr + tile_index.to(tl.int64) * slots + slot
+    tl.store(target, tl.sum(weights, 0), slot_here)
+    tl.store(target + places, tl.sum(change, 0), slot_here)
+    tl.store(target + 2 * places, tl.sum(weights * raw, 0), slot_here)
+    tl.store(target + 3 * places, tl.sum(change * raw, 0), slot_here)
+
+
+@triton.jit
+def settle(
+    logits, weights, sums_ptr, image, index, here, factor, slots, tiles, places, width,
+    TILES: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Takes from the logits' gradient of a tile the multiple of the weights by which its sum over
+    all tokens is not 0, and gives what the tile adds to the scale's.
+    """
+    total = tl.zeros([SLOTS], tl.float32)
+    for first in range(0, width, SLOTS):
+        slot = first + tl.arange(0, SLOTS)
+        known = slot < slots
+        source = sums_ptr + image * tiles * slots + slot
+        mass = tl.zeros([SLOTS], tl.float32)
+        rest = tl.zeros([SLOTS], tl.float32)
+        for low in range(0, tiles, TILES):
+            some = low + tl.arange(0, TILES)
+            mass += tl.sum(tile(source, some * slots, known, some < tiles), 1)
+            rest += tl.sum(tile(source + places, some * slots, known, some < tiles), 1)
+        rest /= tl.where(mass == 0.0, 1.0, mass)
+        source += index * slots
+        raw = tl.load(source + 2 * places, known, 0.0)
+        total += tl.load(source + 3 * places, known, 0.0) - rest * raw
+        inside = slot < width
+        change = tile(logits, slot, here, inside).to(tl.float32)
+        change -= tile(weights, slot, here, inside).to(tl.float32) * (rest * factor)[None, :]
+        store(logits[:, None] + slot[None, :], change, here[:, None] & inside[None, :])
+    return tl.sum(total)
 
 
 @Kernel
 def lower(
-    logits_ptr, projected_ptr, w2_ptr, folded_ptr, out_ptr, statistics_ptr,
-    tokens, slots, rows, channels, hidden_stride, w2_stride, width_stride,
+    logits_ptr, weights_ptr, sums_ptr, scale_ptr, projected_ptr, w2_ptr, folded_ptr,
+    out_ptr, statistics_ptr, change_ptr,
+    tokens, slots, scale, rows, places, channels, hidden_stride, w2_stride, width_stride,
     projected_image_stride, projected_stride,
-    ROWS: tl.constexpr, SLOTS: tl.constexpr, HIDDEN: tl.constexpr,
+    TOKENS: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    """The projection's gradient dU from the logits', and the two means that layer norm needs."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    here = row < rows
-    projected = projected_ptr + row // tokens * projected_image_stride
-    projected += row % tokens * projected_stride
-    mean = tl.zeros([ROWS], tl.float32)
-    along = tl.zeros([ROWS], tl.float32)
+    """The projection's gradient dU from the logits', of a tile of tokens of one image, and the two
+    means that layer norm needs.
+    """
+    program = tl.program_id(0)
+    tiles = tl.cdiv(tokens, TOKENS)
+    image, index = (program // tiles).to(tl.int64), program % tiles
+    token = index * TOKENS + tl.arange(0, TOKENS)
+    here = token < tokens
+    row = image * tokens + token
+    logits_rows = logits_ptr + row * width_stride
+    change = settle(
+        logits_rows, weights_ptr + row * width_stride, sums_ptr, image, index, here,
+        chosen(scale_ptr, scale), slots, tiles, places, width_stride, TILES, SLOTS,
+    )  # fmt: skip
+    tl.store(change_ptr + program, change)
+    tl.debug_barrier()  # what follows reads logits that other threads wrote
+    projected = projected_ptr + image * projected_image_stride
+    projected += token.to(tl.int64) * projected_stride
+    mean = tl.zeros([TOKENS], tl.float32)
+    along = tl.zeros([TOKENS], tl.float32)
     for first in range(0, hidden_stride, HIDDEN):
         column = first + tl.arange(0, HIDDEN)
         known = column < hidden_stride
-        change = tl.zeros([ROWS, HIDDEN], tl.float32)
+        change = tl.zeros([TOKENS, HIDDEN], tl.float32)
         for low in range(0, width_stride, SLOTS):
             slot = low + tl.arange(0, SLOTS)
-            logits = tile(logits_ptr + row * width_stride, slot, here, slot < width_stride)
+            logits = tile(logits_rows, slot, here, slot < width_stride)
             w2 = tile(w2_ptr + slot.to(tl.int64) * w2_stride, column, slot < slots, known)
             change = product(logits, w2, change)
         value = tile(projected, column, here, known)

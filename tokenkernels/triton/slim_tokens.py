@@ -3,8 +3,8 @@
 The first launch takes a tile of one image from layer norm to logits without leaving the chip (only
 `projected` is written where it is kept) and writes their exponentials, below the tile's own
 maximum, in the dtype of x: as the second launch multiplies them. That one joins the tiles' maxima
-and totals and sums tokens. Tiles of 128 tokens, for they share what is read most, the weights; the
-hidden channels go 128 + 64 at a time, so that 192 of them need one pass over the tokens.
+and totals and sums tokens. A program has all slots up to 128, so nothing is computed twice, and two
+blocks of hidden channels, so that the usual 192 (128 + 64) take one pass over the tokens.
 """
 
 import torch
@@ -41,20 +41,27 @@ SCRATCH = 32 << 20
 """Bytes: images whose exponentials exceed it, and the output, are taken in turns."""
 
 
-def _blocks(tokens: int, slots: int, hidden: int, more: int, channels: int) -> dict[str, int]:
-    return {"TOKENS": tokens, "SLOTS": slots, "HIDDEN": hidden, "MORE": more, "CHANNELS": channels}
+def _blocks(tokens: int, hidden: int, more: int, channels: int) -> dict[str, int]:
+    return {"TOKENS": tokens, "HIDDEN": hidden, "MORE": more, "CHANNELS": channels}
 
 
 WEIGH = Table(
     [
-        Entry(Config(_blocks(64, 32, 128, 64, 64), 8, 3), width=32, bytes=(2,)),
-        Entry(Config(_blocks(128, 64, 128, 64, 64), 8, 3), width=64, bytes=(2,)),
-        Entry(Config(_blocks(128, 128, 128, 64, 64), 8, 3), bytes=(2,)),
-        Entry(Config(_blocks(64, 32, 64, 32, 32), 8, 2), width=32),
-        Entry(Config(_blocks(64, 64, 64, 32, 32), 8, 2)),
-    ]
+        Entry(Config(_blocks(64, 128, 64, 64), 8, 3), width=192, bytes=(2,), capability=90),
+        Entry(Config(_blocks(64, 128, 128, 32), 8, 3), width=256, bytes=(2,), capability=90),
+        Entry(Config(_blocks(64, 64, 32, 32), 8, 3), bytes=(2,), capability=90),
+        Entry(Config(_blocks(32, 128, 64, 32), 8, 3), width=192, bytes=(2,)),
+        Entry(Config(_blocks(32, 64, 64, 32), 8, 3), bytes=(2,)),
+        Entry(Config(_blocks(64, 64, 32, 32), 8, 2), capability=90),
+        Entry(Config(_blocks(32, 64, 32, 16), 8, 2)),
+    ],
+    [
+        Config(_blocks(64, 128, 64, 64), 4, 3),
+        Config(_blocks(128, 128, 64, 32), 16, 3),
+        Config(_blocks(128, 128, 64, 64), 8, 3),
+    ],
 )
-"""By the number of slots."""
+"""By the number of hidden channels."""
 
 GATHER = Table(
     [
@@ -97,14 +104,33 @@ def scored(
     return rounded_product(projected * below(projected), tl.trans(weights), logits)
 
 
+@triton.jit
+def advanced(
+    logits, first, rows, here, mean, rstd, gamma_ptr, beta_ptr, w1_ptr, b1_ptr, w2, slot_here,
+    projected_rows, keeping, channels, hidden, w1_stride,
+    TOKENS: tl.constexpr, HIDDEN: tl.constexpr, MORE: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """The logits with what two blocks of hidden channels give to them."""
+    some = first + tl.arange(0, HIDDEN)
+    others = first + HIDDEN + tl.arange(0, MORE)
+    known, more_known = some < hidden, others < hidden
+    acc, more = project(
+        rows, here, mean, rstd, gamma_ptr, beta_ptr,
+        w1_ptr + some * w1_stride, known, w1_ptr + others * w1_stride, more_known,
+        channels, TOKENS, HIDDEN, MORE, CHANNELS,
+    )  # fmt: skip
+    logits = scored(logits, acc, b1_ptr, w2, slot_here, projected_rows, keeping, some, known)
+    return scored(logits, more, b1_ptr, w2, slot_here, projected_rows, keeping, others, more_known)
+
+
 @Kernel
 def weigh(
     x_ptr, gamma_ptr, beta_ptr, w1_ptr, b1_ptr, w2_ptr, scale_ptr,
     parts_ptr, highest_ptr, total_ptr, projected_ptr,
     tokens, slots, scale, eps, channels_stride, hidden_stride, image_stride, row_stride,
     w1_stride, w2_stride, parts_stride,
-    TOKENS: tl.constexpr, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, MORE: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    WHOLE: tl.constexpr, SLOTS: tl.constexpr,
+    TOKENS: tl.constexpr, HIDDEN: tl.constexpr, MORE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Exponentials of a tile of tokens of one image, and for each slot their maximum and total."""
     program = tl.program_id(0)
@@ -123,19 +149,12 @@ def weigh(
     keeping = token < tl.where(block == 0, tokens, 0)
     w2 = w2_ptr + slot.to(tl.int64) * w2_stride
     logits = tl.zeros([TOKENS, SLOTS], tl.float32)
-    for first in range(0, hidden_stride, HIDDEN + MORE):
-        hidden = first + tl.arange(0, HIDDEN)
-        others = first + HIDDEN + tl.arange(0, MORE)
-        known, more_known = hidden < hidden_stride, others < hidden_stride
-        acc, more = project(
-            rows, here, mean, rstd, gamma_ptr, beta_ptr,
-            w1_ptr + hidden * w1_stride, known, w1_ptr + others * w1_stride, more_known,
-            channels_stride, TOKENS, HIDDEN, MORE, CHANNELS,
+    for first in range(0, 1 if WHOLE else hidden_stride, HIDDEN + MORE):
+        logits = advanced(
+            logits, first, rows, here, mean, rstd, gamma_ptr, beta_ptr, w1_ptr, b1_ptr, w2,
+            slot_here, projected_rows, keeping, channels_stride, hidden_stride, w1_stride,
+            TOKENS, HIDDEN, MORE, CHANNELS,
         )  # fmt: skip
-        logits = scored(logits, acc, b1_ptr, w2, slot_here, projected_rows, keeping, hidden, known)
-        logits = scored(
-            logits, more, b1_ptr, w2, slot_here, projected_rows, keeping, others, more_known
-        )
     logits = tl.where(here[:, None], logits * chosen(scale_ptr, scale), float("-inf"))
     highest = tl.max(logits, 0)
     parts = exponentials(logits, tl.where(highest == float("-inf"), 0.0, highest))
@@ -227,18 +246,21 @@ def _slim(
     """The launches for some images."""
     (images, tokens, channels), (slots, hidden) = x.shape, w2.shape
     device, size = capability(x.device), x.element_size()
-    config = WEIGH.choose(size, slots, device)
+    config = WEIGH.choose(size, hidden, device)
+    most = 128 if size == 2 and hidden <= 256 else 64
+    slot_block = min(most, max(32, 1 << (slots - 1).bit_length()))
     tiles = blocks(tokens, config.blocks["TOKENS"])
     width = padded(slots)
     parts = torch.empty((images, tokens, width), dtype=x.dtype, device=x.device)
     highest, total = wide(x, images, tiles, slots), wide(x, images, tiles, slots)
     whole = is_aligned(channels) and is_aligned(hidden)
     launch(
-        weigh, (images * tiles * blocks(slots, config.blocks["SLOTS"]),),
+        weigh, (images * tiles * blocks(slots, slot_block),),
         x, norm_weight, norm_bias, w1, b1, w2, scale_tensor, parts, highest, total, projected,
         tokens, slots, scale, eps, channels, hidden, x.stride(0), x.stride(1),
         w1.stride(0), w2.stride(0), width,
         config=config, aligned=whole,
+        SLOTS=slot_block, WHOLE=hidden <= config.blocks["HIDDEN"] + config.blocks["MORE"],
     )  # fmt: skip
     join = GATHER.choose(size, channels, device)
     programs = blocks(slots, join.blocks["SLOTS"]) * blocks(channels, join.blocks["CHANNELS"])

@@ -41,8 +41,8 @@ SPREAD = Table(
 
 LOWER = Table(
     [
-        Entry(Config({"ROWS": 64, "SLOTS": 64, "HIDDEN": 64}, 4, 3), bytes=(2,)),
-        Entry(Config({"ROWS": 64, "SLOTS": 32, "HIDDEN": 32}, 4, 2)),
+        Entry(Config({"TILES": 4, "SLOTS": 64, "HIDDEN": 64}, 4, 3), bytes=(2,)),
+        Entry(Config({"TILES": 4, "SLOTS": 32, "HIDDEN": 32}, 4, 2)),
     ]
 )
 RESIST = Table(
@@ -66,9 +66,9 @@ SPLIT = 128
 class Scratch:
     """What passes between the launches: fresh memory."""
 
-    def __init__(self, x: Tensor, slots: int, hidden: int, programs: int) -> None:
+    def __init__(self, x: Tensor, slots: int, hidden: int, tiles: int) -> None:
         images, tokens, channels = x.shape
-        self.rows = images * tokens
+        self.rows, self.tiles = images * tokens, tiles
         self.width = padded(slots)
         self.weights, self.logits, self.hidden, self.projected = (
             torch.empty((self.rows, n), dtype=x.dtype, device=x.device)
@@ -76,7 +76,8 @@ class Scratch:
         )
         self.statistics = wide(x, 4, self.rows)
         self.folded = wide(x, 2, hidden)
-        self.scale = wide(x, programs)
+        self.sums = wide(x, 4, tiles, slots)
+        self.scale = wide(x, tiles)
         block = COLLECT.choose(x.element_size(), channels, capability(x.device)).blocks["ROWS"]
         span = max(SPLIT, blocks(self.rows, 16))
         self.span = blocks(span, block) * block
@@ -115,14 +116,13 @@ def slim_tokens_backward(
     whole = is_aligned(channels) and is_aligned(hidden)
 
     config = SPREAD.choose(size, slots, device)
-    down = blocks(slots, config.blocks["SLOTS"])
-    programs = images * blocks(length, config.blocks["TOKENS"]) * down
-    s = Scratch(x, slots, hidden, programs)
+    tile = config.blocks["TOKENS"]
+    s = Scratch(x, slots, hidden, images * blocks(length, tile))
     launch(
-        spread, (programs,),
+        spread, (s.tiles * blocks(slots, config.blocks["SLOTS"]),),
         grad, tokens, x, projected, w2, lse, scale_tensor,
-        s.weights, s.logits, s.hidden, s.statistics, s.scale,
-        length, slots, scale, eps, s.rows, channels, hidden, x.stride(0), x.stride(1),
+        s.weights, s.logits, s.hidden, s.statistics, s.sums,
+        length, slots, scale, eps, s.rows, s.tiles * slots, channels, hidden, x.stride(0), x.stride(1),
         grad.stride(0), grad.stride(1), tokens.stride(0), tokens.stride(1), w2.stride(0), s.width,
         projected.stride(0), projected.stride(1), config=config, aligned=whole,
     )  # fmt: skip
@@ -134,10 +134,11 @@ def slim_tokens_backward(
     )  # fmt: skip
     config = LOWER.choose(size, hidden, device)
     launch(
-        lower, (blocks(s.rows, config.blocks["ROWS"]),),
-        s.logits, projected, w2, s.folded, s.projected, s.statistics,
-        length, slots, s.rows, channels, hidden, w2.stride(0), s.width,
-        projected.stride(0), projected.stride(1), config=config, aligned=whole,
+        lower, (s.tiles,),
+        s.logits, s.weights, s.sums, scale_tensor, projected, w2, s.folded,
+        s.projected, s.statistics, s.scale,
+        length, slots, scale, s.rows, s.tiles * slots, channels, hidden, w2.stride(0), s.width,
+        projected.stride(0), projected.stride(1), config=config, aligned=whole, TOKENS=tile,
     )  # fmt: skip
     config = RESIST.choose(size, channels, device)
     tiles = blocks(length, config.blocks["TOKENS"]) * blocks(channels, config.blocks["CHANNELS"])
