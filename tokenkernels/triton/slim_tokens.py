@@ -48,7 +48,7 @@ def _blocks(tokens: int, hidden: int, more: int, channels: int) -> dict[str, int
 WEIGH = Table(
     [
         Entry(Config(_blocks(64, 128, 64, 64), 8, 3), width=192, bytes=(2,), capability=90),
-        Entry(Config(_blocks(64, 128, 128, 32), 8, 3), width=256, bytes=(2,), capability=90),
+        Entry(Config(_blocks(64, 128, 128, 64), 8, 3), width=256, bytes=(2,), capability=90),
         Entry(Config(_blocks(64, 64, 32, 32), 8, 3), bytes=(2,), capability=90),
         Entry(Config(_blocks(32, 128, 64, 32), 8, 3), width=192, bytes=(2,)),
         Entry(Config(_blocks(32, 64, 64, 32), 8, 3), bytes=(2,)),
@@ -226,20 +226,20 @@ def slim_tokens(
     lse = wide(x, images, slots)
     projected = wide(x, images, tokens, hidden) if keep else wide(x, 0)
     x, w1, w2 = aligned(x), aligned(w1), aligned(w2)
-    vectors = tuple(aligned(v) for v in (norm_weight, norm_bias, b1))
+    gamma, beta, b1 = aligned(norm_weight), aligned(norm_bias), aligned(b1)
     each = tokens * padded(slots) * x.element_size()
     step = max(1, max(SCRATCH, out.numel() * out.element_size()) // each)
     for first in range(0, images, step):
         some = slice(first, first + step)
         _slim(
-            x[some], *vectors, w1, w2, scale_tensor, scale, eps,
+            x[some], gamma, beta, w1, b1, w2, scale_tensor, scale, eps,
             out[some], lse[some], projected[some] if keep else None,
         )  # fmt: skip
     return out, lse, projected
 
 
 def _slim(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, b1: Tensor, w1: Tensor, w2: Tensor,
+    x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor,
     scale_tensor: Tensor | None, scale: float, eps: float,
     out: Tensor, lse: Tensor, projected: Tensor | None,
 ) -> None:  # fmt: skip
@@ -256,7 +256,7 @@ def _slim(
     whole = is_aligned(channels) and is_aligned(hidden)
     launch(
         weigh, (images * tiles * blocks(slots, slot_block),),
-        x, norm_weight, norm_bias, w1, b1, w2, scale_tensor, parts, highest, total, projected,
+        x, gamma, beta, w1, b1, w2, scale_tensor, parts, highest, total, projected,
         tokens, slots, scale, eps, channels, hidden, x.stride(0), x.stride(1),
         w1.stride(0), w2.stride(0), width,
         config=config, aligned=whole,

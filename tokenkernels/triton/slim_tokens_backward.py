@@ -1,4 +1,4 @@
-"""slim_tokens_backward in Triton: six launches, of which four share the work of a forward each.
+"""slim_tokens_backward in Triton, in six launches.
 
 The softmax comes again from `lse`, the hidden tokens from `projected`; what passes between launches
 is in the dtype of x: hidden tokens and the projection's gradient (B, N, H), weights and the logits'
@@ -26,7 +26,8 @@ from tokenkernels.triton._launch import (
     launch,
 )
 from tokenkernels.triton._slim import padded, wide
-from tokenkernels.triton._slim_gradients import collect, finish, fold, lower, resist, spread
+from tokenkernels.triton._slim_gradients import lower, resist, spread
+from tokenkernels.triton._slim_parameters import collect, finish, fold
 
 FOLD = Table([Entry(Config({"ROWS": 8, "WIDTH": 128}))])
 SPREAD = Table(
@@ -122,7 +123,8 @@ def slim_tokens_backward(
         spread, (s.tiles * blocks(slots, config.blocks["SLOTS"]),),
         grad, tokens, x, projected, w2, lse, scale_tensor,
         s.weights, s.logits, s.hidden, s.statistics, s.sums,
-        length, slots, scale, eps, s.rows, s.tiles * slots, channels, hidden, x.stride(0), x.stride(1),
+        length, slots, scale, eps, s.rows, s.tiles * slots,
+        channels, hidden, x.stride(0), x.stride(1),
         grad.stride(0), grad.stride(1), tokens.stride(0), tokens.stride(1), w2.stride(0), s.width,
         projected.stride(0), projected.stride(1), config=config, aligned=whole,
     )  # fmt: skip
