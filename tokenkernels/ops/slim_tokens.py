@@ -229,6 +229,7 @@ BACKWARD = Op(
     cases=cases.BACKWARD_CASES,
     length=cases.gradient_length,
     compare=cases.compare_gradients,
+    launches=lambda kwargs: (6, 0),
 )
 
 OP = Op(
@@ -248,4 +249,5 @@ OP = Op(
     backward=_backward,
     setup_context=_setup_context,
     batch=("x",),
+    launches=lambda kwargs: (2, 6),
 )
