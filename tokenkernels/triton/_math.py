@@ -11,14 +11,15 @@ INTERPRETED = tl.constexpr(_INTERPRETED)
 
 
 @triton.jit
-def dot(a, b, acc):
-    """acc + a·b in float32; operands keep their dtype on a GPU, and float32 is multiplied exactly.
+def dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
+    """acc + a·b in float32; operands keep their dtype on a GPU, and float32 is multiplied exactly
+    unless PRECISION says otherwise.
 
     Where numpy stands in for a GPU they are widened, after rounding to that dtype.
     """
     if INTERPRETED:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
