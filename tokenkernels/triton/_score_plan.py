@@ -1,4 +1,4 @@
-"""How score_attention is cut: tiles of rows, blocks of keys, shares; nothing here knows the batch."""
+"""How score_attention is cut into tiles of rows, blocks of keys, shares, whatever the batch."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ MOST_POOLED = 63
 MOST_SPLITS = 16
 LOWEST_SHARED = 64
 """Rows up to which they are never shared out."""
+SHARED = 96 << 10
+"""Bytes of shared memory that a program may take on any GPU; sm_90 and sm_100 have more."""
 EXACT_DIM = 64
 """From here on three products of 11-bit parts (tf32x3) err less than the bound of a sum in order:
 3·2⁻²² + 3·(D/8)·2⁻²³ against D·2⁻²⁴ of Σ|q·k|.
@@ -62,10 +64,10 @@ class Shape:
 
     @staticmethod
     def of(query: Tensor, key: Tensor) -> Shape:
-        _, heads, rows, dim = query.shape
+        (_, heads, rows, dim), arch = query.shape, capability(query.device)
         return Shape(
             heads, key.shape[1], rows, key.shape[2], dim,
-            query.element_size(), capability(query.device),
+            query.element_size(), arch if arch < 120 else 89,
         )  # fmt: skip
 
     @property
@@ -81,18 +83,29 @@ class Shape:
         sizes["HEADS"] = 1 if one_head else min(lines // sizes["ROWS"], power(self.group))
         sizes["ROWS"] = max(sizes["ROWS"], 16 // sizes["HEADS"])
         sizes["DIM"] = min(sizes["DIM"], max(16, power(self.dim)))
-        return replace(config, blocks=sizes)
+        warps = config.warps if sizes["ROWS"] * sizes["HEADS"] == lines else 4
+        return Config(sizes, warps)
+
+    def staged(self, config: Config, height: int, kept: int, streamed: int, most: int) -> Config:
+        """With as many stages as shared memory holds beside the `kept` rows of DIM elements, if a
+        stage is `streamed` rows; products of `height` rows from 64 on read it directly on sm_90.
+        """
+        width = config.blocks["DIM"] * self.element
+        direct = self.capability >= 90 and height >= 64
+        buffers = (SHARED - kept * width) // (streamed * width)
+        return replace(config, stages=min(most, max(1 + direct, buffers)) + (not direct))
 
     def tiles(self, config: Config) -> tuple[int, int]:
         """Tiles of heads in a group, and blocks of rows."""
         return blocks(self.group, config.blocks["HEADS"]), blocks(self.rows, config.blocks["ROWS"])
 
-    def options(self, config: Config) -> dict[str, bool | str]:
-        exact = self.element == 4 and self.dim >= EXACT_DIM
-        return {
-            "WHOLE": self.dim <= config.blocks["DIM"],
-            "PRECISION": "tf32x3" if exact else "ieee",
-        }
+    def whole(self, config: Config) -> bool:
+        """Whether rows are as short as a block."""
+        return self.dim <= config.blocks["DIM"]
+
+    @property
+    def precision(self) -> str:
+        return "tf32x3" if self.element == 4 and self.dim >= EXACT_DIM else "ieee"
 
     @property
     def aligned(self) -> bool:
@@ -138,24 +151,22 @@ def scoring(
     """
     config = shape.tiled(table, one_head=heads == "none" and pool > 1)
     units = Units.of(shape, heads, config)
-    sizes, most = dict(config.blocks), config.blocks["KEYS"]
+    sizes, most = config.blocks, config.blocks["KEYS"]
     least = max(32, power(2 * pool - 1))
 
     def programs() -> int:
         return units.count * blocks(columns, sizes["KEYS"] - pool + 1)
 
-    while sizes["KEYS"] < least:
-        sizes["KEYS"] *= 2
-        sizes["DIM"] = min(sizes["DIM"], 64)
+    if most < least:
+        sizes |= {"KEYS": least, "DIM": min(sizes["DIM"], 64)}
     while sizes["KEYS"] > least and programs() < PROGRAMS // 4:
         sizes["KEYS"] //= 2
-    warps = config.warps if sizes["KEYS"] >= most else 4
     parts = 1
     if units.averaged > 1 and shape.rows > LOWEST_SHARED:
         row_blocks = shape.tiles(config)[1]
         each = blocks(row_blocks, max(1, min(MOST_SPLITS, PROGRAMS // programs())))
         parts = blocks(row_blocks, each)
-    return replace(config, blocks=sizes, warps=warps), units, parts
+    return config, units, parts
 
 
 def steps(x: Tensor | None, dims: int) -> tuple[int, ...]:

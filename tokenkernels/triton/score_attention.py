@@ -31,30 +31,25 @@ from tokenkernels.triton._score_plan import (
 
 MEASURE_TABLE = Table(
     [
-        Entry(Config({"KEYS": 128, "LINES": 128, "DIM": 64}, 8, 3), 64, (2,), 90),
-        Entry(Config({"KEYS": 128, "LINES": 128, "DIM": 128}, 8, 2), 128, (2,), 90),
-        Entry(Config({"KEYS": 64, "LINES": 64, "DIM": 256}, 4, 2), 256, (2,), 90),
-        Entry(Config({"KEYS": 128, "LINES": 64, "DIM": 64}, 4, 3), 64, (2,)),
-        Entry(Config({"KEYS": 64, "LINES": 64, "DIM": 128}, 4, 2), 128, (2,)),
-        Entry(Config({"KEYS": 64, "LINES": 64, "DIM": 64}, 4, 3), bytes=(2,)),
-        Entry(Config({"KEYS": 64, "LINES": 64, "DIM": 64}, 4, 2), 64),
-        Entry(Config({"KEYS": 64, "LINES": 32, "DIM": 128}, 4, 2), 128, capability=90),
-        Entry(Config({"KEYS": 64, "LINES": 32, "DIM": 32}, 4, 2)),
+        Entry(Config({"KEYS": 128, "LINES": 128, "DIM": 128}, 8), 128, (2,), 90),
+        Entry(Config({"KEYS": 64, "LINES": 64, "DIM": 128}), 128, (2,)),
+        Entry(Config({"KEYS": 64, "LINES": 64, "DIM": 256}), 256, (2,)),
+        Entry(Config({"KEYS": 64, "LINES": 64, "DIM": 64}), bytes=(2,)),
+        Entry(Config({"KEYS": 64, "LINES": 32, "DIM": 32})),
     ]
 )
 TABLE = Table(
     [
-        Entry(Config({"KEYS": 128, "LINES": 128, "DIM": 64}, 8, 3), 64, (2,), 90),
-        Entry(Config({"KEYS": 128, "LINES": 128, "DIM": 128}, 8, 2), 128, (2,), 90),
-        Entry(Config({"KEYS": 64, "LINES": 64, "DIM": 256}, 4, 2), 256, (2,), 90),
-        Entry(Config({"KEYS": 128, "LINES": 64, "DIM": 64}, 4, 3), 64, (2,)),
-        Entry(Config({"KEYS": 64, "LINES": 64, "DIM": 128}, 4, 2), 128, (2,)),
-        Entry(Config({"KEYS": 64, "LINES": 64, "DIM": 64}, 4, 3), bytes=(2,)),
-        Entry(Config({"KEYS": 64, "LINES": 64, "DIM": 64}, 4, 2), 64),
-        Entry(Config({"KEYS": 64, "LINES": 32, "DIM": 128}, 4, 2), 128, capability=90),
-        Entry(Config({"KEYS": 64, "LINES": 32, "DIM": 32}, 4, 2)),
+        Entry(Config({"KEYS": 128, "LINES": 64, "DIM": 128}), 128, (2,)),
+        Entry(Config({"KEYS": 64, "LINES": 64, "DIM": 256}), 256, (2,)),
+        Entry(Config({"KEYS": 64, "LINES": 64, "DIM": 64}), bytes=(2,)),
+        Entry(Config({"KEYS": 64, "LINES": 32, "DIM": 32})),
     ]
 )
+"""128 keys stay in shared memory while 64 rows at a time stream past: three programs to a
+multiprocessor, so that one multiplies while others take exponentials. float32 goes by 32 elements:
+its operands are held in registers in two parts.
+"""
 FINISH_TABLE = Table([Entry(Config({"COLUMNS": 64}))])
 
 
@@ -66,9 +61,9 @@ def score_attention(
 ) -> Tensor:  # fmt: skip
     """One launch with `lse`, two without; one more where rows are shared out or `pool` is wide."""
     columns = end_column - first_column
-    lines = {"mean": (), "group": (key.shape[1],), "none": (query.shape[1],)}[heads]
+    units_out = {"mean": (), "group": (key.shape[1],), "none": (query.shape[1],)}[heads]
     results = (2,) if sum and max else ()
-    out = query.new_empty((*results, query.shape[0], *lines, columns), dtype=torch.float32)
+    out = query.new_empty((*results, query.shape[0], *units_out, columns), dtype=torch.float32)
     if out.numel() == 0:
         return out
     query, key = aligned(query), aligned(key)
@@ -85,9 +80,12 @@ def score_attention(
     none, block = heads == "none", config.blocks
     mean_first = max and units.averaged > 1
     row_blocks = shape.tiles(config)[1]
-    options = shape.options(config)
-    kept = options["WHOLE"] and not mean_first and units.tiles * blocks(row_blocks, parts) > 1
+    whole = shape.whole(config)
+    kept = whole and not mean_first and units.tiles * blocks(row_blocks, parts) > 1
     pooled = pool if direct else 1
+    lines = block["ROWS"] * block["HEADS"]
+    streamed = lines + block["KEYS"] * (not kept)
+    config = shape.staged(config, block["KEYS"], block["KEYS"] * kept, streamed, 2 if kept else 4)
     own = block["KEYS"] - pooled + 1
     launch(
         score, (query.shape[0] * units.count * parts * blocks(columns, own),),
@@ -97,7 +95,7 @@ def score_attention(
         units.count, units.key_heads, units.tiles, units.per_key_head, shape.group if none else 1,
         seen.position_steps, seen.length_step, steps(lse, 3), steps(row_weights, 2),
         strides(query), strides(key), shape.dim,
-        config=config, aligned=shape.aligned, **options, KEPT=kept, MEAN_FIRST=mean_first,
+        config=config, aligned=shape.aligned, WHOLE=whole, PRECISION=shape.precision, KEPT=kept, MEAN_FIRST=mean_first,
         SPLITS=power(splits), OUT=block["HEADS"] if none else 1, CAUSAL=causal,
         SUM=sum, MAX=max, POOLED=pooled > 1,
     )  # fmt: skip
@@ -113,6 +111,9 @@ def _measure(
     config = shape.tiled(MEASURE_TABLE)
     splits, each = splits_of(shape, config)
     head_tiles, row_blocks = shape.tiles(config)
+    lines, keys = config.blocks["ROWS"] * config.blocks["HEADS"], config.blocks["KEYS"]
+    whole = shape.whole(config)
+    config = shape.staged(config, lines, lines * whole, keys + lines * (not whole), 2)
     peak = query.new_empty((*query.shape[:3], splits), dtype=torch.float32)
     total = torch.empty_like(peak)
     launch(
@@ -120,7 +121,8 @@ def _measure(
         query, key, seen.positions, seen.lengths, peak, total,
         factor, shape.key_heads, shape.group, shape.rows, shape.keys, splits, each,
         seen.position_steps, seen.length_step, strides(query), strides(key), shape.dim,
-        config=config, aligned=shape.aligned, **shape.options(config), CAUSAL=seen.causal,
+        config=config, aligned=shape.aligned, WHOLE=whole, PRECISION=shape.precision,
+        CAUSAL=seen.causal,
     )  # fmt: skip
     return peak, total, splits
 
