@@ -141,18 +141,29 @@ class Units:
         return Units(shape.key_heads * tiles, 1, 1, tiles, 1)
 
 
-def scoring(
-    shape: Shape, table: Table, heads: str, columns: int, pool: int
-) -> tuple[Config, Units, int]:
-    """Block shapes, units, and among how many programs rows are shared out.
+@dataclass(frozen=True)
+class Scoring:
+    """How `score` runs: blocks, units, among how many programs rows are shared out, whether heads
+    are averaged before a maximum, and whether keys are kept while rows stream past.
+    """
 
-    Blocks of keys shrink where there are too few to keep a GPU busy, and grow where the columns
+    config: Config
+    units: Units
+    parts: int
+    mean_first: bool
+    kept: bool
+
+
+def scoring(
+    shape: Shape, table: Table, heads: str, columns: int, max: bool, pool: int
+) -> Scoring:  # fmt: skip
+    """Blocks of keys shrink where there are too few to keep a GPU busy, and grow where the columns
     that pooling scores twice would be most of them.
     """
     config = shape.tiled(table, one_head=heads == "none" and pool > 1)
     units = Units.of(shape, heads, config)
     sizes, most = config.blocks, config.blocks["KEYS"]
-    least = max(32, power(2 * pool - 1))
+    least = 32 if pool <= 16 else power(2 * pool)
 
     def programs() -> int:
         return units.count * blocks(columns, sizes["KEYS"] - pool + 1)
@@ -161,12 +172,14 @@ def scoring(
         sizes |= {"KEYS": least, "DIM": min(sizes["DIM"], 64)}
     while sizes["KEYS"] > least and programs() < PROGRAMS // 4:
         sizes["KEYS"] //= 2
-    parts = 1
+    row_blocks, each = shape.tiles(config)[1], shape.tiles(config)[1]
     if units.averaged > 1 and shape.rows > LOWEST_SHARED:
-        row_blocks = shape.tiles(config)[1]
-        each = blocks(row_blocks, max(1, min(MOST_SPLITS, PROGRAMS // programs())))
-        parts = blocks(row_blocks, each)
-    return config, units, parts
+        each = blocks(row_blocks, min(MOST_SPLITS, PROGRAMS // programs()) or 1)
+    mean_first = max and units.averaged > 1
+    kept = shape.whole(config) and not mean_first and units.tiles * each > 1
+    keys, lines = sizes["KEYS"], sizes["ROWS"] * sizes["HEADS"]
+    config = shape.staged(config, keys, keys * kept, lines + keys * (not kept), 2 if kept else 4)
+    return Scoring(config, units, blocks(row_blocks, each), mean_first, kept)
 
 
 def steps(x: Tensor | None, dims: int) -> tuple[int, ...]:

@@ -50,7 +50,7 @@ TABLE = Table(
 multiprocessor, so that one multiplies while others take exponentials. float32 goes by 32 elements:
 its operands are held in registers in two parts.
 """
-FINISH_TABLE = Table([Entry(Config({"COLUMNS": 64}))])
+FINISH_TABLE = Table([Entry(Config({"COLUMNS": 128}, 8))])
 
 
 def score_attention(
@@ -61,9 +61,9 @@ def score_attention(
 ) -> Tensor:  # fmt: skip
     """One launch with `lse`, two without; one more where rows are shared out or `pool` is wide."""
     columns = end_column - first_column
-    units_out = {"mean": (), "group": (key.shape[1],), "none": (query.shape[1],)}[heads]
+    lines = {"mean": (), "group": (key.shape[1],), "none": (query.shape[1],)}[heads]
     results = (2,) if sum and max else ()
-    out = query.new_empty((*results, query.shape[0], *units_out, columns), dtype=torch.float32)
+    out = query.new_empty((*results, query.shape[0], *lines, columns), dtype=torch.float32)
     if out.numel() == 0:
         return out
     query, key = aligned(query), aligned(key)
@@ -73,34 +73,28 @@ def score_attention(
     peak, total, splits = None, None, 1
     if lse is None:
         peak, total, splits = _measure(shape, query, key, factor, seen)
-    narrow = pool <= MOST_POOLED
-    config, units, parts = scoring(shape, TABLE, heads, columns, pool if narrow else 1)
-    direct = narrow and parts == 1
-    target = out if direct else out.new_empty((parts, *out.shape))
-    none, block = heads == "none", config.blocks
-    mean_first = max and units.averaged > 1
-    row_blocks = shape.tiles(config)[1]
-    whole = shape.whole(config)
-    kept = whole and not mean_first and units.tiles * blocks(row_blocks, parts) > 1
-    pooled = pool if direct else 1
-    lines = block["ROWS"] * block["HEADS"]
-    streamed = lines + block["KEYS"] * (not kept)
-    config = shape.staged(config, block["KEYS"], block["KEYS"] * kept, streamed, 2 if kept else 4)
-    own = block["KEYS"] - pooled + 1
+    inside = pool if pool <= MOST_POOLED else 1
+    plan = scoring(shape, TABLE, heads, columns, max, inside)
+    direct = pool == inside and plan.parts == 1
+    inside = inside if direct else 1
+    target = out if direct else out.new_empty((plan.parts, *out.shape))
+    config, units, per_head = plan.config, plan.units, heads == "none"
+    programs = units.count * plan.parts * blocks(columns, config.blocks["KEYS"] - inside + 1)
     launch(
-        score, (query.shape[0] * units.count * parts * blocks(columns, own),),
+        score, (query.shape[0] * programs,),
         query, key, seen.positions, seen.lengths, lse, peak, total, row_weights, target,
         factor, 1 / units.averaged, query.shape[0], shape.key_heads, shape.group, shape.rows,
-        shape.keys, splits, parts, first_column, columns, pooled,
-        units.count, units.key_heads, units.tiles, units.per_key_head, shape.group if none else 1,
+        shape.keys, splits, plan.parts, first_column, columns, inside, units.count,
+        units.key_heads, units.tiles, units.per_key_head, shape.group if per_head else 1,
         seen.position_steps, seen.length_step, steps(lse, 3), steps(row_weights, 2),
         strides(query), strides(key), shape.dim,
-        config=config, aligned=shape.aligned, WHOLE=whole, PRECISION=shape.precision, KEPT=kept, MEAN_FIRST=mean_first,
-        SPLITS=power(splits), OUT=block["HEADS"] if none else 1, CAUSAL=causal,
-        SUM=sum, MAX=max, POOLED=pooled > 1,
+        config=config, aligned=shape.aligned, WHOLE=shape.whole(config), KEPT=plan.kept,
+        MEAN_FIRST=plan.mean_first, SPLITS=power(splits), CAUSAL=causal, SUM=sum, MAX=max,
+        OUT=config.blocks["HEADS"] if per_head else 1, POOLED=inside > 1,
+        PRECISION=shape.precision,
     )  # fmt: skip
     if not direct:
-        _finish(target, out, parts, columns, sum, max, pool)
+        _finish(target, out, plan.parts, columns, sum, max, pool)
     return out
 
 
