@@ -83,8 +83,7 @@ class Shape:
         sizes["HEADS"] = 1 if one_head else min(lines // sizes["ROWS"], power(self.group))
         sizes["ROWS"] = max(sizes["ROWS"], 16 // sizes["HEADS"])
         sizes["DIM"] = min(sizes["DIM"], max(16, power(self.dim)))
-        warps = config.warps if sizes["ROWS"] * sizes["HEADS"] == lines else 4
-        return Config(sizes, warps)
+        return replace(config, blocks=sizes)
 
     def staged(self, config: Config, height: int, kept: int, streamed: int, most: int) -> Config:
         """With as many stages as shared memory holds beside the `kept` rows of DIM elements, if a

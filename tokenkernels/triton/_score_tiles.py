@@ -32,10 +32,10 @@ def seen_by(
     if CAUSAL:
         if positions_ptr is not None:
             at = positions_ptr + image * position_steps[0] + row.to(tl.int64) * position_steps[1]
-            position = tl.load(at, here, -1)
+            position = tl.minimum(tl.load(at, here, -1), length).to(tl.int32)
         else:
-            position = (length - rows + row).to(tl.int64)
-        position = tl.maximum(tl.minimum(position, length - 1), -1).to(tl.int32)
+            position = length - rows + row
+        position = tl.maximum(tl.minimum(position, length - 1), -1)
         seen = tl.where(here, position + 1, 0)
     return seen
 

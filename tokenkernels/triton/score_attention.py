@@ -40,15 +40,17 @@ MEASURE_TABLE = Table(
 )
 TABLE = Table(
     [
-        Entry(Config({"KEYS": 128, "LINES": 64, "DIM": 128}), 128, (2,)),
+        Entry(Config({"KEYS": 64, "LINES": 64, "DIM": 128}), 128, (2,), 100),
+        Entry(Config({"KEYS": 128, "LINES": 64, "DIM": 128}), 128, (2,), 90),
+        Entry(Config({"KEYS": 64, "LINES": 64, "DIM": 128}, 8), 128, (2,)),
         Entry(Config({"KEYS": 64, "LINES": 64, "DIM": 256}), 256, (2,)),
         Entry(Config({"KEYS": 64, "LINES": 64, "DIM": 64}), bytes=(2,)),
         Entry(Config({"KEYS": 64, "LINES": 32, "DIM": 32})),
     ]
 )
-"""128 keys stay in shared memory while 64 rows at a time stream past: three programs to a
-multiprocessor, so that one multiplies while others take exponentials. float32 goes by 32 elements:
-its operands are held in registers in two parts.
+"""64 or 128 keys stay in shared memory while 64 rows at a time stream past; two programs or more
+share a multiprocessor, so that one multiplies while another takes exponentials. float32 goes by 32
+elements: its operands are held in registers in two parts.
 """
 FINISH_TABLE = Table([Entry(Config({"COLUMNS": 128}, 8))])
 
@@ -103,9 +105,11 @@ def _measure(
 ) -> tuple[Tensor, Tensor, int]:
     """Peak and sum of exponentials of every row, for each split of the keys."""
     config = shape.tiled(MEASURE_TABLE)
+    lines = config.blocks["ROWS"] * config.blocks["HEADS"]
+    keys = min(config.blocks["KEYS"], max(2 * lines, 128 // shape.element))
+    config.blocks["KEYS"] = keys
     splits, each = splits_of(shape, config)
     head_tiles, row_blocks = shape.tiles(config)
-    lines, keys = config.blocks["ROWS"] * config.blocks["HEADS"], config.blocks["KEYS"]
     whole = shape.whole(config)
     config = shape.staged(config, lines, lines * whole, keys + lines * (not whole), 2)
     peak = query.new_empty((*query.shape[:3], splits), dtype=torch.float32)
