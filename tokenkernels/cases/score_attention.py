@@ -179,6 +179,12 @@ def cost(kwargs: dict[str, Any]) -> tuple[float, float]:
     return moved, 2 * query.numel() * key.shape[2]
 
 
+def launches(kwargs: dict[str, Any]) -> tuple[int, int]:
+    """The softmax unless it is given, the scores, and what joins long rows or a wide pool."""
+    joined = kwargs.get("heads") != "none" and kwargs["query"].shape[2] > 64
+    return 1 + (kwargs.get("lse") is None) + (joined or kwargs.get("pool", 1) > 63), 0
+
+
 BAD: list[Bad] = [
     (
         lambda kw: {"query": kw["query"][0]},

@@ -11,14 +11,17 @@ INTERPRETED = tl.constexpr(_INTERPRETED)
 
 
 @triton.jit
-def dot(a, b, acc):
-    """acc + a·b in float32; operands keep their dtype on a GPU, and float32 is multiplied exactly.
+def dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
+    """acc + a·b in float32; operands keep their dtype on a GPU, and float32 is multiplied exactly
+    unless PRECISION says otherwise.
 
-    Where numpy stands in for a GPU they are widened, after rounding to that dtype.
+    Where numpy stands in for a GPU they are widened, after rounding to that dtype: to float64, as
+    the order of its float32 sums changes with the blocks.
     """
     if INTERPRETED:
-        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision="ieee")
+        wide = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
+        return acc + wide.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
