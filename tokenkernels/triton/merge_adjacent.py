@@ -13,7 +13,6 @@ from __future__ import annotations
 from math import prod
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from tokenkernels.triton._launch import (
     to_host,
 )
 from tokenkernels.triton._math import store
+from tokenkernels.triton._merge import tile, tile_of, whole
 from tokenkernels.triton._windows import (
     count_merging,
     fewest,
@@ -41,17 +41,6 @@ from tokenkernels.triton._windows import (
     tokens_of,
 )
 
-TABLE = Table(
-    [
-        Entry(Config({"ROWS": 64, "WIDTH": 64}), width=64),
-        Entry(Config({"ROWS": 32, "WIDTH": 128}), width=128),
-        Entry(Config({"ROWS": 16, "WIDTH": 256}), width=256),
-        Entry(Config({"ROWS": 8, "WIDTH": 512}), width=512),
-        Entry(Config({"ROWS": 4, "WIDTH": 1024}), width=1024),
-        Entry(Config({"ROWS": 4, "WIDTH": 2048}, warps=8), width=2048),
-        Entry(Config({"ROWS": 4, "WIDTH": 4096}, warps=16)),
-    ]
-)
 DECIDE_TABLE = Table(
     [
         Entry(Config({"BLOCK": 64, "FEW": 1}), width=64),
@@ -68,7 +57,7 @@ def measure(
     x_ptr, inverse_ptr, similarity_ptr, counts_ptr,
     grid, window, steps, along, tokens, channels, threshold, tiles, programs,
     image_stride, token_stride,
-    WINDOWS: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr,
     ALL_MEMBERS: tl.constexpr, ALL_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """The mean pairwise cosine of every window, and how many of a program's share reach the
@@ -78,19 +67,19 @@ def measure(
     image, share = (program // programs).to(tl.int64), program % programs
     windows, members = along[0], steps[0]
     x = x_ptr + image * image_stride
-    found = tl.full((WINDOWS,), 0, tl.int32)
-    for tile in range(share, tiles, programs):
-        unit = tile * WINDOWS + tl.arange(0, WINDOWS)
+    found = tl.full((ROWS,), 0, tl.int32)
+    for step in range(share, tiles, programs):
+        unit = step * ROWS + tl.arange(0, ROWS)
         place, there = place_of(unit, along), unit < windows
-        alike = tl.full((WINDOWS,), 0.0, tl.float32)
-        own = tl.full((WINDOWS,), 0.0, tl.float32)
+        alike = tl.full((ROWS,), 0.0, tl.float32)
+        own = tl.full((ROWS,), 0.0, tl.float32)
         if not ALL_CHANNELS:
             for first in range(0, MEMBERS if ALL_MEMBERS else members, MEMBERS):
                 member = first + tl.arange(0, MEMBERS)[None, :]
                 corner, further, _ = tokens_of(place, place_of(member, steps), window, grid)
                 token = corner[:, None] + further
                 here = there[:, None] & (member < members)
-                square = tl.full((WINDOWS, MEMBERS), 0.0, tl.float32)
+                square = tl.full((ROWS, MEMBERS), 0.0, tl.float32)
                 for start in range(0, channels, WIDTH):
                     value = tile_of(x, token, token_stride, here, start, channels, WIDTH)
                     square += tl.sum(value * value, 2)
@@ -99,7 +88,7 @@ def measure(
                 tl.store(inverse_ptr + image * tokens + token, inverse, here)
             tl.debug_barrier()
         for start in range(0, WIDTH if ALL_CHANNELS else channels, WIDTH):
-            total = tl.full((WINDOWS, WIDTH), 0.0, tl.float32)
+            total = tl.full((ROWS, WIDTH), 0.0, tl.float32)
             for first in range(0, MEMBERS if ALL_MEMBERS else members, MEMBERS):
                 member = first + tl.arange(0, MEMBERS)[None, :]
                 corner, further, _ = tokens_of(place, place_of(member, steps), window, grid)
@@ -121,15 +110,6 @@ def measure(
         tl.store(counts_ptr + program, tl.sum(found, 0))
 
 
-@triton.jit
-def tile_of(x, token, token_stride, here, start, channels, WIDTH: tl.constexpr):
-    """WIDTH channels of these tokens, (…, …, WIDTH), zeros elsewhere."""
-    column = start + tl.arange(0, WIDTH)
-    row = x + token.to(tl.int64) * token_stride
-    mask = here[:, :, None] & (column < channels)[None, None, :]
-    return tl.load(row[:, :, None] + column[None, None, :], mask, 0.0).to(tl.float32)
-
-
 @Kernel
 def merge(
     x_ptr, size_ptr, similarity_ptr, counts_ptr, before_ptr,
@@ -137,7 +117,7 @@ def merge(
     grid, window, steps, cells, along, images, length, prefix, channels,
     k, threshold, shares, tiles, programs,
     image_stride, token_stride, image_size_stride, size_stride,
-    WINDOWS: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr,
     ALL_MEMBERS: tl.constexpr, ALL_CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr, FEW: tl.constexpr,
     RANKED: tl.constexpr, UNIFORM: tl.constexpr, PACKED: tl.constexpr, BY_SIMILARITY: tl.constexpr,
@@ -164,14 +144,14 @@ def merge(
     sizes = size_ptr
     if size_ptr is not None:
         sizes = size_ptr + image * image_size_stride
-    for tile in range(share, tiles, programs):
-        unit = tile * WINDOWS + tl.arange(0, WINDOWS)
+    for step in range(share, tiles, programs):
+        unit = step * ROWS + tl.arange(0, ROWS)
         for start in range(0, WIDTH if ALL_CHANNELS else channels, WIDTH):
             column = start + tl.arange(0, WIDTH)
             inside = column < channels
-            mean = tl.full((WINDOWS, WIDTH), 0.0, tl.float32)
-            total = tl.full((WINDOWS,), 0.0, tl.float32)
-            merged_row = tl.full((WINDOWS,), 0, tl.int32)
+            mean = tl.full((ROWS, WIDTH), 0.0, tl.float32)
+            total = tl.full((ROWS,), 0.0, tl.float32)
+            merged_row = tl.full((ROWS,), 0, tl.int32)
             merges = unit < 0
             for first in range(0, MEMBERS if ALL_MEMBERS else members, MEMBERS):
                 member = first + tl.arange(0, MEMBERS)[None, :]
@@ -247,29 +227,26 @@ def _launch_both(
     similarity = torch.empty((images, windows), dtype=torch.float32, device=device)
     before = torch.empty((images, windows + 1), dtype=torch.int32, device=device)
 
-    config = _tile(members, x)
-    whole = {
-        "ALL_MEMBERS": members <= config.blocks["MEMBERS"],
-        "ALL_CHANNELS": channels <= config.blocks["WIDTH"],
-    }
-    tiles = blocks(windows, config.blocks["WINDOWS"])
+    config = tile(members, x)
+    all_of = whole(config, members, channels)
+    tiles = blocks(windows, config.blocks["ROWS"])
     shares = min(tiles, MOST_SHARES, max(1, PROGRAMS // images))
     found, inverse = None, None
     if threshold is not None:
         found = torch.empty((images, shares), dtype=torch.int32, device=device)
-    if not whole["ALL_CHANNELS"]:
+    if not all_of["ALL_CHANNELS"]:
         inverse = torch.empty((images, length - prefix), dtype=torch.float32, device=device)
     launch(
         measure, (images * shares,), x[:, prefix:], inverse, similarity, found,
         tuple(grid), tuple(window), _counts(window), _counts(along), length - prefix, channels,
         threshold or 0.0, tiles, shares, x.stride(0), x.stride(1),
-        config=config, aligned=is_aligned(channels), **whole,
+        config=config, aligned=is_aligned(channels), **all_of,
     )  # fmt: skip
 
     if counts is not None and not dense:
         found, shares = _fill.integers(counts, device), 1
     block = DECIDE_TABLE.choose(4, windows, capability(device)).blocks
-    tiles = blocks(units + blocks(prefix, members), config.blocks["WINDOWS"])
+    tiles = blocks(units + blocks(prefix, members), config.blocks["ROWS"])
     programs = max(1, min(tiles, PROGRAMS // images))
     launch(
         merge, (images * programs,), x, size, similarity, found, before, *outputs,
@@ -279,19 +256,10 @@ def _launch_both(
         x.stride(0), x.stride(1), *((0, 0) if size is None else size.stride()),
         config=Config(config.blocks | block, config.warps, config.stages),
         aligned=is_aligned(channels), RANKED=dense or counts is not None,
-        UNIFORM=dense and counts is None, PACKED=not dense, BY_SIMILARITY=by_similarity, **whole,
+        UNIFORM=dense and counts is None, PACKED=not dense, BY_SIMILARITY=by_similarity, **all_of,
     )  # fmt: skip
 
 
 def _counts(extents: list[int]) -> tuple[int, int, int]:
     """All, those of a step along the first axis, those of a step along the second."""
     return prod(extents), extents[1] * extents[2], extents[2]
-
-
-def _tile(members: int, x: Tensor) -> Config:
-    """Rows of a tile as whole windows where they fit, else as part of one."""
-    config = TABLE.choose(x.element_size(), x.shape[2], capability(x.device))
-    rows = config.blocks["ROWS"]
-    fit = min(triton.next_power_of_2(members), rows)
-    shape = {"WINDOWS": rows // fit, "MEMBERS": fit, "WIDTH": config.blocks["WIDTH"]}
-    return Config(shape, config.warps, config.stages)
