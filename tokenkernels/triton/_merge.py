@@ -10,6 +10,7 @@ from tokenkernels.triton._launch import Config, Entry, Table, capability
 
 TABLE = Table(
     [
+        Entry(Config({"ROWS": 128, "WIDTH": 32}), width=32),
         Entry(Config({"ROWS": 64, "WIDTH": 64}), width=64),
         Entry(Config({"ROWS": 32, "WIDTH": 128}), width=128),
         Entry(Config({"ROWS": 16, "WIDTH": 256}), width=256),

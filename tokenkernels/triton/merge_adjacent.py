@@ -43,11 +43,13 @@ from tokenkernels.triton._windows import (
 
 DECIDE_TABLE = Table(
     [
-        Entry(Config({"BLOCK": 64, "FEW": 1}), width=64),
-        Entry(Config({"BLOCK": 256, "FEW": 1}), width=256),
-        Entry(Config({"BLOCK": 1024, "FEW": 0})),
+        Entry(Config({"BLOCK": 64}), width=64),
+        Entry(Config({"BLOCK": 256}), width=256),
+        Entry(Config({"BLOCK": 1024})),
     ]
 )
+FEW = 256
+"""Windows, at most a block, up to which each is compared with all."""
 MOST_SHARES = 64
 """Programs of an image that count what reaches the threshold."""
 
@@ -256,7 +258,8 @@ def _launch_both(
         x.stride(0), x.stride(1), *((0, 0) if size is None else size.stride()),
         config=Config(config.blocks | block, config.warps, config.stages),
         aligned=is_aligned(channels), RANKED=dense or counts is not None,
-        UNIFORM=dense and counts is None, PACKED=not dense, BY_SIMILARITY=by_similarity, **all_of,
+        UNIFORM=dense and counts is None, PACKED=not dense, BY_SIMILARITY=by_similarity,
+        FEW=windows <= FEW, **all_of,
     )  # fmt: skip
 
 
