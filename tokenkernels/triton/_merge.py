@@ -10,9 +10,9 @@ from tokenkernels.triton._launch import Config, Entry, Table, capability
 
 TABLE = Table(
     [
-        Entry(Config({"ROWS": 128, "WIDTH": 32}), width=32),
-        Entry(Config({"ROWS": 64, "WIDTH": 64}), width=64),
-        Entry(Config({"ROWS": 32, "WIDTH": 128}), width=128),
+        Entry(Config({"ROWS": 64, "WIDTH": 32}), width=32),
+        Entry(Config({"ROWS": 32, "WIDTH": 64}), width=64),
+        Entry(Config({"ROWS": 16, "WIDTH": 128}), width=128),
         Entry(Config({"ROWS": 16, "WIDTH": 256}), width=256),
         Entry(Config({"ROWS": 8, "WIDTH": 512}), width=512),
         Entry(Config({"ROWS": 4, "WIDTH": 1024}), width=1024),

@@ -36,7 +36,7 @@ TABLE = Table(
     [
         Entry(Config({"TOKENS": 64, "WIDTH": 32}), width=32),
         Entry(Config({"TOKENS": 32, "WIDTH": 64}), width=64),
-        Entry(Config({"TOKENS": 32, "WIDTH": 128}), width=128),
+        Entry(Config({"TOKENS": 16, "WIDTH": 128}), width=128),
         Entry(Config({"TOKENS": 16, "WIDTH": 256}), width=256),
         Entry(Config({"TOKENS": 16, "WIDTH": 512}, warps=8)),
     ]
