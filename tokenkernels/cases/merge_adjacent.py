@@ -141,6 +141,9 @@ CASES = [
     Case("hard-all", _hard(num_windows=9), HARD),
     Case("zero-sizes", _zero_sizes, HARD),
     Case("strided", _strided),
+    Case("many-windows", _simple(1, (521,), (2,), 4, num_windows=[77])),
+    Case("long-window", _simple(1, (150,), (70,), 16, threshold=0.5, prefix=80)),
+    Case("wide", _simple(1, (13,), (6,), 4100, threshold=0.5)),
     Case(
         "mustdrop 8x24x24x1024 3x3", _simple(8, (24, 24), (3, 3), 1024, threshold=0.8), ("bench",)
     ),

@@ -273,6 +273,12 @@ def _cost(kwargs: dict[str, Any]) -> tuple[float, float]:
     return moved + x.shape[0] * x.shape[1] * 8, 6 * x.numel()
 
 
+def _launches(kwargs: dict[str, Any]) -> tuple[int, int]:
+    """One more for every 16 counts of single images."""
+    counts = kwargs.get("num_windows")
+    return 2 + (0 if counts is None or isinstance(counts, int) else -(-len(counts) // 16)), 1
+
+
 OP = Op(
     schema="merge_adjacent(Tensor x, SymInt[] grid, SymInt[] window, float? threshold, "
     "SymInt[]? counts, bool dense, Tensor? size, SymInt prefix, bool by_similarity) "
@@ -290,4 +296,5 @@ OP = Op(
     compare=_compare,
     batch=("x", "size", "num_windows"),
     sizes=("num_windows",),
+    launches=_launches,
 )

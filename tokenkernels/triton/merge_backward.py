@@ -29,7 +29,7 @@ TABLE = Table(
 @Kernel
 def spread(
     grad_ptr, index_ptr, size_ptr, total_ptr, out_ptr,
-    tokens, rows, channels, image_stride, grad_stride, index_stride, size_stride, total_stride,
+    tokens, rows, channels, image_stride, grad_stride, image_size_stride, size_stride, total_stride,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A block of tokens of one image: index → share of the row's size, times the row's gradient."""
@@ -38,12 +38,14 @@ def spread(
     image = (program // per_image).to(tl.int64)
     token = (program % per_image) * ROWS + tl.arange(0, ROWS)
     here = token < tokens
-    row = tl.load(index_ptr + image * index_stride + token, here, 0)
+    row = tl.load(index_ptr + image * tokens + token, here, 0)
     known = here & (row >= 0) & (row < rows)
     total = tl.load(total_ptr + image * total_stride + row, known, 1.0)
     share = 1.0 / total
     if size_ptr is not None:
-        size = tl.load(size_ptr + image * size_stride + token, here, 1.0)
+        size = tl.load(
+            size_ptr + image * image_size_stride + token.to(tl.int64) * size_stride, here, 1.0
+        )
         share = size / total
         share = tl.where(size == total, 1.0, share)
     source = grad_ptr + image * image_stride + row * grad_stride
@@ -62,13 +64,13 @@ def merge_backward(grad: Tensor, index: Tensor, size: Tensor | None, merged_size
     out = torch.empty((images, tokens, channels), dtype=grad.dtype, device=grad.device)
     packed = grad.ndim == 2
     grad, index, merged_size = aligned(grad), index.contiguous(), merged_size.contiguous()
-    size = None if size is None else size.contiguous()
     config = TABLE.choose(grad.element_size(), channels, capability(grad.device))
     launch(
         spread, (images * blocks(tokens, config.blocks["ROWS"]),),
         grad, index, size, merged_size, out,
         tokens, grad.shape[-2], channels,
-        0 if packed else grad.stride(0), grad.stride(-2), tokens, tokens,
+        0 if packed else grad.stride(0), grad.stride(-2),
+        *((0, 0) if size is None else size.stride()),
         0 if packed else merged_size.stride(0),
         config=config, aligned=is_aligned(channels),
     )  # fmt: skip
