@@ -18,10 +18,10 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 BUILD_OPTIONS := $(if $(filter sanitize,$(VARIANT)),\
 	TOKENKERNELS_BUILD=build/sanitize CMAKE_ARGS="-DTOKENKERNELS_SANITIZE=ON")
 CXX_FILES = $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
-SANITIZED := tests/test_ops.py tests/test_numpy.py $(wildcard tests/ops)
+SANITIZED := tests/test_ops.py tests/test_junk.py tests/test_numpy.py $(wildcard tests/ops)
 # The checked object is loaded by a Python that is not: the run-time libraries have to be there first.
 PRELOAD = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 
 .PHONY: help build bench gpu test lint format clean distclean
 .DEFAULT_GOAL := help

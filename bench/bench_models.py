@@ -11,6 +11,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def run(quick: bool) -> list[Record]:
         for name in names:
             forms = forms_of(VARIANTS[name])
             for batch in batches:
-                records += list(_rows(name, forms, photographs(batch), 2.5 if quick else 6.0))
+                records += list(_rows(name, forms, photographs(batch), 2.5 if quick else 4.0))
                 bar.advance(task)
     return records
 
@@ -86,9 +87,12 @@ def forms_of(
         torch.manual_seed(0)
         model = SiT(replace(config, slim=slim)).eval()
         forms["ours", slim] = model.config, model.fold_for_inference().to(device, dtype)
-        model = model.to(device, dtype)
-        forms["official", slim] = model.config, lambda x, m=model: official_sit.forward(m, x)[0]
+        forms["official", slim] = model.config, partial(_official, model.to(device, dtype))
     return forms
+
+
+def _official(model: SiT, images: Tensor) -> Tensor:
+    return official_sit.forward(model, images)[0]
 
 
 def _rows(name: str, forms: Any, images: Tensor, seconds: float) -> Iterator[Record]:
@@ -96,7 +100,9 @@ def _rows(name: str, forms: Any, images: Tensor, seconds: float) -> Iterator[Rec
         want, got = forms["official", slim][1](images), forms["ours", slim][1](images)
         error = (got - want).abs().max().item() / want.abs().max().item()
         assert error <= TOLERANCE, f"{name}: our logits are off by {error:.2g} of the largest one"
-    calls = {key: lambda f=function: f(images) for key, (_, function) in forms.items()}
+    calls: dict[tuple[str, bool], timing.Call] = {
+        key: partial(function, images) for key, (_, function) in forms.items()
+    }
     samples = timing.alternate(calls, seconds, (5, 25))
     times = {key: statistics.median(values) for key, values in samples.items()}
     yield from records(name, forms, times, len(images))
@@ -131,8 +137,7 @@ def main() -> None:
     settings.restart()
     from bench import tables
 
-    result = {"models": run(options.quick)}
-    report.console().print(report.drawn(tables.models(result)))
+    report.console().print(report.drawn(tables.of_records("Models", run(options.quick))))
 
 
 if __name__ == "__main__":

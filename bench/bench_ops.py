@@ -7,8 +7,10 @@ within a budget of time.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,14 +22,15 @@ import torch
 
 import tokenkernels.ops
 from bench import roofline
-from bench.contenders import Cell, contenders, judge, names, prepared, truth
+from bench.contenders import Cell, Kwargs, contenders, judge, names, prepared, truth
 from bench.settings import give_back_memory, keep_freed_memory
-from bench.timing import alternate, extra_memory
+from bench.timing import Others, alternate, extra_memory
 from tokenkernels._op import OPS, tensors_in
 
 tokenkernels.ops.load()
+atexit.register(gc.unfreeze)  # what is still frozen at the end is reported as leaked
 DTYPES = (torch.float32, torch.bfloat16)
-LEAST_SECONDS = 1.5
+LEAST_SECONDS = 2.5
 """Time kept for each cell that is still to come before another function is compiled."""
 
 
@@ -52,24 +55,28 @@ class Row:
     bound: str = ""
     times_fastest_peer: float | None = None
     extra_bytes: float | None = None
+    others_percent: float | None = None
     samples_ms: list[float] = field(default_factory=list)
 
 
 def cells(quick: bool = False, only: str = "", device: str = "cpu") -> list[Cell]:
-    """Forward in float32 first, the other dtypes, the gradients; when `quick`, the first case of
-    each op in float32 only.
+    """The first case of every op in each dtype, forward and with gradients, then the second ones,
+    and so on; when `quick`, the first ones in float32 only.
 
     `only` keeps the cells in whose name it stands.
     """
-    forward = [
-        Cell(op, case, dtype, device=device)
+    cases = {op: [case for case in op.cases if "bench" in case.tags] for op in OPS.values()}
+    found = [
+        Cell(op, cases[op][place], dtype, gradient, device)
+        for place in range(1 if quick else max(map(len, cases.values())))
+        for gradient in (False, True)
         for dtype in (DTYPES[:1] if quick else DTYPES)
         for op in OPS.values()
-        for case in [case for case in op.cases if "bench" in case.tags][: 1 if quick else None]
-        if dtype in case.dtypes
+        if place < len(cases[op])
+        and dtype in cases[op][place].dtypes
+        and (op.differentiable or not gradient)
     ]
-    backward = [Cell(c.op, c.case, c.dtype, True, device) for c in forward if c.op.differentiable]
-    return [cell for cell in forward + backward if only in str(cell)]
+    return [cell for cell in found if only in str(cell)]
 
 
 def blank(cell: Cell, contender: str, role: str, **more: Any) -> Row:
@@ -83,40 +90,60 @@ def measure(
     """The rows of one cell. After `compile_until` seconds nothing more is compiled."""
     torch._dynamo.reset()
     gc.collect()
+    gc.freeze()  # or every collection goes through all that torch.compile has loaded
     give_back_memory()
     start = time.perf_counter()
     with cell.mode():
         kwargs = cell.kwargs()
-        known = truth(cell, kwargs)
-        written = sum(t.nbytes for t in known.low)
-        rows, calls = [], {}
-        for contender in contenders(cell):
-            row = blank(cell, contender.name, contender.role, note=contender.note)
-            rows.append(row)
-            if contender.compiled and time.perf_counter() - start > compile_until:
-                row.left_out = "no time left to compile it"
-                continue
-            verdict = judge(cell, contender, kwargs, known)
-            row.failed, row.left_out = verdict.failed, verdict.left_out
-            if not (row.failed or row.left_out):
-                calls[contender.name] = prepared(cell, kwargs, contender.function)
-        del known
-        gc.collect()
-        fill_in_memory(rows, calls, tensors_in(kwargs))
-        spent = time.perf_counter() - start
+        rows, calls, written = admit(cell, kwargs, start + compile_until)
+        left = max(seconds - (time.perf_counter() - start), seconds / 4)
         moved, flops = (0, 0) if cell.gradient else cell.op.cost(kwargs)
-        limits = roofline.memory_calls(moved, moved / 2 if "inplace" in cell.case.tags else written)
-        samples = alternate(calls | limits, max(seconds - spent, seconds / 4)) if calls else {}
-    fill_in_times(rows, samples)
-    if moved or flops:
-        memory = sum(statistics.median(samples[name]) for name in limits if name in samples)
-        fill_in_costs(rows, moved, flops, memory, roofline.arithmetic(roof, flops, rows[0].dtype))
+        copies = roofline.memory_calls(moved, moved / 2 if "inplace" in cell.case.tags else written)
+        products = roofline.product_calls(cell.dtype) if flops else {}
+        others = Others()
+        samples = alternate(calls | copies | products, left) if calls else {}
+        fill_in_times(rows, samples, others.percent())
+        fill_in_memory(rows, calls, tensors_in(kwargs))
+    if samples and (moved or flops):
+        memory = sum(statistics.median(samples[name]) for name in copies)
+        product = min((t for name in products for t in samples[name]), default=math.inf)
+        arithmetic = roofline.arithmetic(roof, flops, rows[0].dtype, product)
+        fill_in_costs(rows, moved, flops, memory, arithmetic)
     return rows
+
+
+def admit(
+    cell: Cell, kwargs: Kwargs, compile_until: float
+) -> tuple[list[Row], dict[str, Callable[[], Any]], int]:
+    """A row for everyone, the calls of those who passed their comparison, and the bytes that the
+    outputs take.
+    """
+    known = truth(cell, kwargs)
+    rows: list[Row] = []
+    calls: dict[str, Callable[[], Any]] = {}
+    for contender in contenders(cell):
+        if contender.role == "reference" and any(row.role == "peer" for row in timed(rows, calls)):
+            continue  # it is slow, and stands in only where there is no peer
+        row = blank(cell, contender.name, contender.role, note=contender.note)
+        rows.append(row)
+        if contender.compiled and time.perf_counter() > compile_until:
+            row.left_out = "no time left to compile it"
+            continue
+        verdict = judge(cell, contender, kwargs, known)
+        row.failed, row.left_out = verdict.failed, verdict.left_out
+        if not (row.failed or row.left_out):
+            calls[contender.name] = prepared(cell, kwargs, contender.function)
+    return rows, calls, sum(t.nbytes for t in known.low)
+
+
+def timed(rows: list[Row], calls: dict[str, Callable[[], Any]]) -> list[Row]:
+    return [row for row in rows if row.contender in calls]
 
 
 def fill_in_memory(
     rows: list[Row], calls: dict[str, Callable[[], Any]], inputs: list[torch.Tensor]
 ) -> None:
+    """What our call and that of the fastest peer take beyond inputs and outputs."""
     held = {t.untyped_storage().data_ptr() for t in inputs}
 
     def returned(outputs: Any) -> int:
@@ -124,26 +151,30 @@ def fill_in_memory(
             t.nbytes for t in tensors_in(outputs) if t.untyped_storage().data_ptr() not in held
         )
 
+    fastest = fastest_rival(rows)
     for row in rows:
-        if row.contender in calls:
+        if row.ms and (row.role == "ours" or row is fastest):
             row.extra_bytes = extra_memory(calls[row.contender], returned)
 
 
-def fill_in_times(rows: list[Row], samples: dict[str, list[float]]) -> None:
-    """Medians, and how many times the fastest peer's time each takes; without a peer the reference
-    stands in for it.
-    """
+def fill_in_times(rows: list[Row], samples: dict[str, list[float]], others: float | None) -> None:
+    """Medians, and how many times faster than the fastest peer each is."""
     for row in rows:
-        row.samples_ms = [1e3 * s for s in samples.get(row.contender, [])]
-        row.ms = statistics.median(row.samples_ms) if row.samples_ms else None
-    times = {
-        role: [row.ms for row in rows if row.role == role and row.ms]
-        for role in ("peer", "reference")
-    }
-    rivals = times["peer"] or times["reference"]
+        row.samples_ms = [round(1e3 * s, 6) for s in samples.get(row.contender, [])]
+        if row.samples_ms:
+            row.ms, row.others_percent = statistics.median(row.samples_ms), others
+    fastest = fastest_rival(rows)
     for row in rows:
-        if row.ms and rivals:
-            row.times_fastest_peer = min(rivals) / row.ms
+        if row.ms and fastest and fastest.ms:
+            row.times_fastest_peer = fastest.ms / row.ms
+
+
+def fastest_rival(rows: list[Row]) -> Row | None:
+    """The fastest peer; where none was timed the reference stands in for it."""
+    for role in ("peer", "reference"):
+        if timed := [row for row in rows if row.role == role and row.ms]:
+            return min(timed, key=lambda row: row.ms or 0.0)
+    return None
 
 
 def fill_in_costs(
@@ -208,9 +239,9 @@ def measured_roof() -> dict[str, Any]:
     ids=[f"{cell}-{name}".replace(" · ", "-") for cell, name in MEETINGS],
 )
 def test_speed(benchmark: Any, cell: Cell, name: str) -> None:
-    row = measured(cell)[name]
-    if row.left_out:
-        pytest.skip(row.left_out)
+    row = measured(cell).get(name)
+    if row is None or row.left_out:
+        pytest.skip(row.left_out if row else "peers stand in its place")
     assert not row.failed, row.failed
     taken = iter(row.samples_ms)
     benchmark.group = str(cell)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from bench.peers import COMPILED, Peer, peers_of
+from bench.peers import COMPILED, Peer, peers_of, roughly
 from tokenkernels._case import Case
 from tokenkernels._op import Op, tensors_in
 
@@ -82,11 +82,8 @@ class Truth:
 def names(cell: Cell) -> list[str]:
     """Every contender of a cell, whether it will be timed or not."""
     peers = peers_of(cell.op.name).items()
-    return [
-        *OURS[cell.device],
-        "reference",
-        *(name for name, peer in peers if takes_part(cell, peer)),
-    ]
+    ours = OURS[cell.device]
+    return [*ours, *(name for name, peer in peers if takes_part(cell, peer)), "reference"]
 
 
 def takes_part(cell: Cell, peer: Peer) -> bool:
@@ -96,17 +93,25 @@ def takes_part(cell: Cell, peer: Peer) -> bool:
 
 
 def contenders(cell: Cell) -> list[Contender]:
+    """Ours, the peers, and the reference behind them."""
     compare = cell.op.check_gradients if cell.gradient else cell.op.check
-    found = [
-        Contender(name, role, backend(cell.op, name), compare)
-        for name, role in [*((name, "ours") for name in OURS[cell.device]), ("reference",) * 2]
-    ]
+    ours = OURS[cell.device]
+    found = [Contender(name, "ours", backend(cell.op, name), compare) for name in ours]
     for name, peer in peers_of(cell.op.name).items():
         if takes_part(cell, peer):
             function = torch.compile(peer.fn, dynamic=False) if peer.compiled else peer.fn
-            own = compare if cell.gradient else peer.compare or compare
+            own = (gradients(cell, peer) if cell.gradient else peer.compare) or compare
             found.append(Contender(name, "peer", function, own, name.endswith(COMPILED), peer.note))
-    return found
+    return [*found, Contender("reference", "reference", backend(cell.op, "reference"), compare)]
+
+
+def gradients(cell: Cell, peer: Peer) -> Callable[..., None] | None:
+    """How gradients of a peer are compared; in half precision they round in between, forward and
+    again backward.
+    """
+    if peer.compare_gradients or cell.dtype == torch.float32:
+        return peer.compare_gradients
+    return functools.partial(roughly, roundings=16.0)
 
 
 def backend(op: Op, name: str) -> Callable[..., Any]:
@@ -136,7 +141,8 @@ def prepared(cell: Cell, kwargs: Kwargs, function: Callable[..., Any]) -> Callab
         first = next(t for t in tensors_in(outputs) if t.requires_grad)
         if first.shape not in seeds:
             generator = torch.Generator().manual_seed(7)
-            seeds[first.shape] = torch.randn(first.shape, generator=generator).to(first)
+            seed = torch.randn(first.shape, generator=generator)
+            seeds[first.shape] = seed.to(cell.dtype).to(first)
         gradients = torch.autograd.grad(first, leaves, seeds[first.shape], allow_unused=True)
         return [
             torch.zeros_like(t) if g is None else g for t, g in zip(leaves, gradients, strict=True)
@@ -147,7 +153,8 @@ def prepared(cell: Cell, kwargs: Kwargs, function: Callable[..., Any]) -> Callab
 
 def truth(cell: Cell, kwargs: Kwargs) -> Truth:
     reference = backend(cell.op, "reference")
-    low = tensors_in(prepared(cell, fresh(cell, kwargs), reference)())
+    measure = cell.op.formula if cell.op.measured_by_formula(kwargs) else None
+    low = tensors_in(prepared(cell, fresh(cell, kwargs), measure or reference)())
     if sum(t.nbytes for t in tensors_in(kwargs)) > WIDE_LIMIT:
         return Truth(low, low)
     return Truth(tensors_in(prepared(cell, tree_map(_wide, kwargs), reference)()), low)
@@ -160,7 +167,8 @@ def judge(cell: Cell, contender: Contender, kwargs: Kwargs, truth: Truth) -> Ver
     ):
         return Verdict(left_out=reason)
     try:
-        outputs = prepared(cell, fresh(cell, kwargs), contender.function)()
+        given = kwargs if contender.role == "peer" else fresh(cell, kwargs)
+        outputs = prepared(cell, given, contender.function)()
         if outputs is NotImplemented:
             return Verdict(left_out="does not cover this case")
         got = tensors_in(outputs)
@@ -173,7 +181,7 @@ def judge(cell: Cell, contender: Contender, kwargs: Kwargs, truth: Truth) -> Ver
 
 
 def fresh(cell: Cell, kwargs: Kwargs) -> Kwargs:
-    """The arguments for one call: copies where the call writes into them."""
+    """The arguments for one call of ours or the reference: copies where it writes into them."""
     if "inplace" not in cell.case.tags:
         return kwargs
     return tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, kwargs)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from tokenmodels.sit import SiT, SlimTokens
+from tokenmodels.sit import SlimTokens
 from tokenmodels.sit.model import Attention
 from torch import Tensor
 
@@ -25,8 +27,8 @@ def slim_tokens(layer: SlimTokens, x: Tensor) -> Tensor:
     return torch.bmm(weights.transpose(1, 2), x)
 
 
-def forward(model: SiT, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Logits, and the patch tokens behind every block.
+def forward(model: Any, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Logits, and the patch tokens behind every block, of a SiT.
 
     The class token is split off and put back after every block, batch norms and residual scales
     are operations of their own, the last layer norm sees all tokens.

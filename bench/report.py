@@ -41,13 +41,13 @@ EXPLANATION = (
     "cell take turns in random order, outputs are allocated inside, figures are medians. Roof: the "
     "time that a copy (and a read) of the bytes that the op must move takes, in turns with the op, "
     "or its arithmetic at the rate of the fastest matrix product, whichever is longer. ×: time of "
-    "the fastest peer over ours. Extra memory: peak of resident memory during one call, beyond "
-    "inputs and outputs."
+    "the fastest peer over ours. Extra memory, of these two: peak of resident memory during one "
+    "call, beyond inputs and outputs."
 )
 
 
 def console() -> Console:
-    return Console(width=None if Console().is_terminal else 160)
+    return Console(width=None if Console().is_terminal else 180)
 
 
 def progress(on: Console) -> Progress:
@@ -64,9 +64,8 @@ def progress(on: Console) -> Progress:
 def headline(result: Result) -> str:
     facts = result["machine"]
     return (
-        f"[bold]tokenkernels bench[/bold] · {facts['cpu']} · {facts['threads']} threads · "
-        f"{facts['instruction_set']} · torch {facts['versions']['torch']} · "
-        f"commit {facts['commit']}"
+        f"{facts['cpu']} · {facts['threads']} threads · {facts['instruction_set']} · "
+        f"torch {facts['versions']['torch']} · commit {facts['commit']}"
     )
 
 
@@ -86,6 +85,8 @@ def line(cell: str, rows: list[Row]) -> str:
         parts.append(f"{peer['contender']} {tables.number(peer['ms'])} ms")
     if ours and ours["roof_percent"]:
         parts.append(f"{ours['roof_percent']:.0f} % of roof")
+    if ours and (ours.get("others_percent") or 0) > tables.DISTURBED:
+        parts.append(f"[yellow]others used {ours['others_percent']:.0f} % of a processor[/yellow]")
     if not ours:
         parts.append(next((row["left_out"] for row in rows if row["left_out"]), "not timed"))
     return "  ".join(parts) + (f"  [red]failed: {', '.join(failed)}[/red]" if failed else "")
@@ -101,7 +102,7 @@ def drawn(table: Table) -> RichTable:
 
 
 def show(on: Console, result: Result) -> None:
-    for table in (tables.summary(result), tables.models(result), *tables.not_timed(result)):
+    for table in (tables.summary(result), *tables.sections(result), *tables.not_timed(result)):
         if table.rows:
             on.print(drawn(table))
 
@@ -115,31 +116,32 @@ def write(result: Result, folder: Path, old: Result | None = None) -> list[Path]
         tables.roofs(result),
         tables.machine(result),
     ]
-    head = [*first, tables.models(result), tables.summary(result)]
-    pages = {"report.md": markdown(head, last), "report.html": page(head, plots(result), last)}
+    head, top = [*first, tables.summary(result), *tables.sections(result)], headline(result)
+    pages = {
+        "report.md": markdown(top, head, last),
+        "report.html": page(top, head, plots(result), last),
+    }
     for name, text in pages.items():
         (folder / name).write_text(text)
     return [folder / name for name in pages]
 
 
-def markdown(head: Iterable[Table], last: Iterable[Table]) -> str:
-    parts = ["# Benchmark", EXPLANATION]
+def markdown(top: str, head: Iterable[Table], last: Iterable[Table]) -> str:
+    parts = ["# Benchmark", top, EXPLANATION]
     for table in (*head, *last):
         if table.rows:
-            rule = [
-                "---:" if table.is_number(place) else "---" for place in range(len(table.columns))
-            ]
-            rows = [
-                table.columns,
-                rule,
-                *([cell.replace("|", "\\|") for cell in row] for row in table.rows),
-            ]
-            parts += [f"## {table.title}", "\n".join("| " + " | ".join(row) + " |" for row in rows)]
+            parts += [f"## {table.title}", as_markdown(table)]
     return "\n\n".join(parts) + "\n"
 
 
-def page(head: Iterable[Table], figures: list[str], last: Iterable[Table]) -> str:
-    body = ["<h1>Benchmark</h1>", f"<p>{html.escape(EXPLANATION)}</p>"]
+def as_markdown(table: Table) -> str:
+    rule = ["---:" if table.is_number(place) else "---" for place in range(len(table.columns))]
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in table.rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [table.columns, rule, *rows])
+
+
+def page(top: str, head: Iterable[Table], figures: list[str], last: Iterable[Table]) -> str:
+    body = ["<h1>Benchmark</h1>", *(f"<p>{html.escape(text)}</p>" for text in (top, EXPLANATION))]
     body += (
         [_table(table) for table in head if table.rows]
         + figures
@@ -188,6 +190,7 @@ def _figure(op: str, rows: list[Row]) -> str:
 
     matplotlib.use("svg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogFormatter
 
     labels = [f"{row['case']} {row['dtype']}" + row["gradient"] * " +backward" for row in rows]
     figure, (left, right) = pyplot.subplots(
@@ -197,6 +200,8 @@ def _figure(op: str, rows: list[Row]) -> str:
     ratios = [row["times_fastest_peer"] for row in rows]
     left.barh(places, ratios, color=["#2a7f62" if ratio >= 1 else "#b5483a" for ratio in ratios])
     left.set_xscale("log")
+    left.xaxis.set_major_formatter(LogFormatter())
+    left.xaxis.set_minor_formatter(LogFormatter())
     left.axvline(1, color="black", linewidth=1)
     left.set(
         yticks=list(places),

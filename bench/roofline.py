@@ -16,6 +16,7 @@ import torch
 from bench.timing import alternate
 
 MIB = 2**20
+PRODUCT = 1024
 SIZES = (1 * MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """float16 counts as float32, which it is widened to: torch multiplies it element by element on most
@@ -65,9 +66,21 @@ def memory_calls(moved: float, written: float) -> dict[str, Callable[[], Any]]:
     return calls
 
 
-def arithmetic(roof: dict[str, Any], flops: float, dtype: str) -> float:
-    """Seconds that `flops` need at the measured rate of their dtype."""
-    return float(flops / roof["gemm"].get(dtype, roof["gemm"]["float32"]))
+def product_calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """Products of square matrices, timed in turns with a call that does arithmetic."""
+    a, b = (torch.randn(PRODUCT, PRODUCT).to(dtype) for _ in range(2))
+    calls: dict[str, Callable[[], Any]] = {"roof: product": partial(torch.mm, a, b)}
+    if dtype == torch.float32:
+        calls["roof: product of arrays"] = partial(np.matmul, a.numpy(), b.numpy())
+    return calls
+
+
+def arithmetic(roof: dict[str, Any], flops: float, dtype: str, seconds: float) -> float:
+    """Seconds that `flops` need at the best measured rate of their dtype: that of the roofs, or
+    that of a product which took `seconds` between the calls that are judged by it.
+    """
+    rate = max(roof["gemm"].get(dtype, roof["gemm"]["float32"]), 2.0 * PRODUCT**3 / seconds)
+    return float(flops / rate)
 
 
 def _bandwidth(size: int, seconds: float) -> dict[str, float]:

@@ -7,17 +7,25 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 """glibc gives freed blocks back to the system by default: every large output would be paid for in
 page faults.
+"""
+COMPILED = {
+    "TORCHINDUCTOR_CACHE_DIR": str(Path(__file__).parent / "out" / "compiled"),
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+}
+"""What torch.compile made of the peers is kept for the next run; it starts no workers, which would
+disturb what is timed.
 """
 POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def restart(threads: int | None = None) -> None:
     """Starts this process again, with the environment that it needs, unless it has that already."""
-    wanted = MALLOC | dict.fromkeys(POOLS, str(threads or default_threads()))
+    wanted = MALLOC | COMPILED | dict.fromkeys(POOLS, str(threads or default_threads()))
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | wanted)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 _NUMBER = re.compile(r"-?[0-9.]+%?")
+DISTURBED = 10.0
+"""Percent of one processor that others may use while something is timed."""
 Result = dict[str, Any]
 Row = dict[str, Any]
 
@@ -89,7 +91,6 @@ def summary(result: Result) -> Table:
         "dtype",
         "ours ms",
         "% of roof",
-        "GB/s",
         "fastest peer",
         "peer ms",
         "×",
@@ -111,7 +112,6 @@ def summary(result: Result) -> Table:
                 dtype,
                 number(ours["ms"]),
                 roof,
-                number(ours["gb_per_s"]),
             ]
             + ([peer["contender"], number(peer["ms"])] if peer else ["", ""])
             + [number(ours["times_fastest_peer"]), _megabytes(ours), _megabytes(peer)]
@@ -151,17 +151,23 @@ def details(result: Result) -> list[Table]:
     return [table for table in tables.values() if table.rows]
 
 
-def models(result: Result) -> Table:
-    rows = result["models"]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+def of_records(title: str, records: list[dict[str, Any]]) -> Table:
+    """A column per key."""
+    columns = list(dict.fromkeys(key for record in records for key in record))
     shown = [
         [
             number(v) if isinstance(v, float) else str(v)
-            for v in (row.get(key, "") for key in columns)
+            for v in (record.get(key, "") for key in columns)
         ]
-        for row in rows
+        for record in records
     ]
-    return Table("Models", columns, shown)
+    return Table(title, columns, shown)
+
+
+def sections(result: Result) -> list[Table]:
+    """What was measured beside the ops."""
+    found = result.get("sections", {})
+    return [of_records(name.capitalize(), records) for name, records in found.items()]
 
 
 def not_timed(result: Result) -> list[Table]:
@@ -176,8 +182,15 @@ def not_timed(result: Result) -> list[Table]:
         lines = [[who, why, str(len(cells)), cells[0]] for (who, why), cells in reasons.items()]
         if lines:
             tables.append(Table(title, ["who", "why", "cells", "the first"], lines))
-    if result["models_left_out"]:
-        tables.append(Table("Models left out", ["why"], [[result["models_left_out"]]]))
+    disturbed = [
+        [op, case + gradient * " +backward", dtype, f"{ours['others_percent']:.0f}%"]
+        for (op, case, dtype, gradient), rows in by_cell(result["ops"]).items()
+        if (ours := best(rows, "ours")) and (ours.get("others_percent") or 0) > DISTURBED
+    ]
+    columns = ["op", "case", "dtype", "of one processor"]
+    tables.append(Table("Disturbed: other processes ran meanwhile", columns, disturbed))
+    if failures := result.get("sections_left_out"):
+        tables.append(Table("Not measured", ["section", "why"], [[*x] for x in failures.items()]))
     return tables
 
 

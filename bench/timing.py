@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import random
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 Call = Callable[[], Any]
+Name = TypeVar("Name")
 TURN = 2e-3
 """Seconds that one turn of a fast function lasts: shorter calls are repeated and averaged."""
 
-SLOW = 10.0
+SLOW = 3.0
+"""Times the fastest call: what takes longer decides nothing and is sampled twice."""
 
 
 def alternate(
-    calls: dict[str, Call], seconds: float, rounds: tuple[int, int] = (5, 40)
-) -> dict[str, list[float]]:
+    calls: dict[Name, Call], seconds: float, rounds: tuple[int, int] = (5, 40)
+) -> dict[Name, list[float]]:
     """Seconds per call, some samples of each: in every round each function takes one turn, in
     random order.
 
@@ -32,7 +35,7 @@ def alternate(
     """
     draw = random.Random(0)
     expected = {name: _timed(call, 1) for name, call in calls.items()}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[Name, list[float]] = {name: [] for name in calls}
     share = seconds / max(len(calls), 1)
     slow = SLOW * min(expected.values(), default=0.0)
     gc.collect()
@@ -63,6 +66,31 @@ def _timed(call: Call, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+class Others:
+    """How busy other processes keep the processors from here on: they disturb what is timed."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def percent(self) -> float | None:
+        """Of one processor; None where nobody counts."""
+        before, now = self._start, self._now()
+        if before is None or now is None or now[0] <= before[0]:
+            return None
+        return 100 * max(0.0, (now[1] - before[1]) / (now[0] - before[0]))
+
+    @staticmethod
+    def _now() -> tuple[float, float] | None:
+        """Seconds by the clock, and those that others ran or were stolen."""
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return None
+        user, nice, system, _, _, irq, soft, stolen = map(int, stat.read_text().split()[1:9])
+        busy = (user + nice + system + irq + soft + stolen) / os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        return time.perf_counter(), busy - own.user - own.system
+
+
 def extra_memory(call: Call, returned: Callable[[Any], int]) -> float | None:
     """Bytes that were resident at the peak of one call, beyond those before it and those it
     returns; None where nobody counts.
@@ -75,7 +103,6 @@ def extra_memory(call: Call, returned: Callable[[Any], int]) -> float | None:
     libc = ctypes.CDLL(None)
     if not (status.exists() and reset.exists() and hasattr(libc, "malloc_trim")):
         return None
-    gc.collect()
     libc.malloc_trim(0)
     try:
         reset.write_text("5")

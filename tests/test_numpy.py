@@ -4,8 +4,11 @@ torch.
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -62,14 +65,58 @@ def arrays_in(value: Any) -> list[np.ndarray]:
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
 )
 def test_same_bits_as_torch(op: Op, case: Case, dtype: torch.dtype) -> None:
+    """Also where memory arrives filled with NaN."""
     if dtype not in case.dtypes:
         pytest.skip("a case of other dtypes")
     want = tensors_in(op.function(**case.kwargs(dtype), backend="native"))
-    got = arrays_in(getattr(tkn, op.function.__name__)(**tree_map(to_numpy, case.kwargs(dtype))))
+    function = getattr(tkn, op.function.__name__)
+    for poison in (False, True):
+        tkn._core.poison(poison)
+        try:
+            got = arrays_in(function(**tree_map(to_numpy, case.kwargs(dtype))))
+        finally:
+            tkn._core.poison(False)
+        assert_same(got, want)
+
+
+def assert_same(got: list[np.ndarray], want: list[torch.Tensor]) -> None:
     assert len(got) == len(want)
     for number, (g, w) in enumerate(zip(map(to_torch, got), want, strict=True)):
         assert g.shape == w.shape and g.dtype == w.dtype, f"output {number}"
         assert torch.equal(g.nan_to_num(7), w.nan_to_num(7)), f"output {number}"
+
+
+def misaligned(value: Any) -> Any:
+    """The same values, one byte off."""
+    if not isinstance(value, np.ndarray):
+        return value
+    moved = np.ndarray(value.shape, value.dtype, bytearray(value.nbytes + 1), 1)
+    moved[...] = value
+    return moved
+
+
+@every_case
+def test_same_bits_from_misaligned_arrays(op: Op, case: Case) -> None:
+    kwargs = tree_map(to_numpy, case.kwargs(case.dtypes[0]))
+    if kwargs.get("inplace") and kwargs.get("rope"):
+        pytest.skip("refused: keys are turned where they lie")
+    function = getattr(tkn, op.function.__name__)
+    got = arrays_in(function(**tree_map(misaligned, kwargs)))
+    want = arrays_in(function(**kwargs))
+    assert len(got) == len(want)
+    for number, (g, w) in enumerate(zip(got, want, strict=True)):
+        assert g.tobytes() == w.tobytes(), f"output {number}"
+
+
+@every_case
+def test_the_torch_front_refuses_arrays(op: Op, case: Case) -> None:
+    kwargs = case.kwargs(case.dtypes[0])
+    for name, value in kwargs.items():
+        if not tensors_in(value):
+            continue
+        for array in (to_numpy, lambda _: np.zeros((1,) * 5)):
+            with pytest.raises(TypeError, match=rf"^{op.function.__name__}: \w.*: allowed .*, got"):
+                op.function(**kwargs | {name: tree_map(array, value)})
 
 
 def test_every_public_function_is_there() -> None:
@@ -131,6 +178,25 @@ def test_fields_of_structured_arrays() -> None:
     assert np.array_equal(want.lengths, got.lengths)
 
 
+def test_score_attention_copies_what_is_not_aligned() -> None:
+    def shifted(a: Any) -> Any:
+        moved = np.frombuffer(b"\0" + a.tobytes(), a.dtype, offset=1).reshape(a.shape)
+        assert moved.flags.c_contiguous and not moved.flags.aligned
+        return moved
+
+    query, key = X[:, None, :3], X[:, None]
+    arrays = {
+        "query_positions": np.tile(np.array([2, 5, 6]), (len(X), 1)),
+        "key_lengths": np.full(len(X), 6),
+        "lse": np.full(query.shape[:3], 1.5, np.float32),
+        "row_weights": np.full((len(X), 3), 0.25, np.float32),
+    }
+    want = tkn.score_attention(query, key, causal=True, **arrays)
+    moved = {name: shifted(a) for name, a in arrays.items()}
+    got = tkn.score_attention(shifted(query), shifted(key), causal=True, **moved)
+    assert np.array_equal(want, got)
+
+
 def test_an_empty_cache_is_compacted_in_place() -> None:
     empty = np.zeros((0, 2, 5, 4), np.float32)
     tkn.compact_kv([(empty, empty.copy())], np.array([0, 1]), inplace=True)
@@ -141,6 +207,24 @@ def test_arrays_of_the_other_front_are_refused() -> None:
         tkn.merge_runs(torch.from_numpy(X), 0.5)
     with pytest.raises(TypeError, match="x: allowed a torch tensor"):
         tokenkernels.merge_runs(X, 0.5)
+
+
+LARGE = np.random.default_rng(1).random((8, 400, 256), np.float32)
+
+
+def test_threads_share_the_helpers_and_a_child_starts_its_own() -> None:
+    want = tkn.merge_runs(LARGE, 0.7).tokens
+
+    def same(_: int) -> bool:
+        return all(np.array_equal(tkn.merge_runs(LARGE, 0.7).tokens, want) for _ in range(20))
+
+    with ThreadPoolExecutor(4) as callers:
+        assert all(callers.map(same, range(4)))
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        os._exit(0 if same(0) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_no_torch_is_imported() -> None:

@@ -18,6 +18,7 @@ from trial import (
     every_case,
     every_op,
     fresh,
+    repeated,
     run,
     wide,
 )
@@ -97,12 +98,8 @@ def test_another_size_does_not_recompile(op: Op) -> None:
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
     tensors = {n: v for n, v in kwargs.items() if tensors_in(v)}
     compiled(tensors)
-    repeated = {
-        n: tree_map(lambda t: torch.cat([t, t]), v) if n in op.batch else v
-        for n, v in tensors.items()
-    }
     with torch._dynamo.config.patch(error_on_recompile=True):
-        compiled(repeated if size > 1 else tensors)
+        compiled(repeated(op, tensors, 2) if size > 1 else tensors)
 
 
 @every_op

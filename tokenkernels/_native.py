@@ -34,3 +34,8 @@ def instruction_set() -> str:
 def set_instruction_set(name: str) -> bool:
     """Chooses another instruction set, for tests; False where the processor lacks it."""
     return bool(ctypes.CDLL(str(PATH)).tokenkernels_set_instruction_set(name.encode()))
+
+
+def poison(on: bool) -> None:
+    """Fills what kernels borrow with NaN before they get it, for tests."""
+    ctypes.CDLL(str(PATH)).tokenkernels_poison(int(on))

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from tokenmodels.sit import VARIANTS
 
 from bench import bench_models
 from bench.gpu import timing
@@ -19,14 +20,14 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 def cells(dry: bool) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
     """(name, what measures it) for every variant × batch size, in bfloat16."""
     for batch in BATCHES[:1] if dry else BATCHES:
-        for name in list(bench_models.VARIANTS)[: 1 if dry else None]:
+        for name in list(VARIANTS)[: 1 if dry else None]:
             yield f"{name} batch {batch}", partial(_measure, name, batch)
 
 
 def _measure(name: str, batch: int) -> list[dict[str, Any]]:
     device = "cuda" if timing.has_gpu() else "cpu"
     dtype = torch.bfloat16 if timing.has_gpu() else torch.float32
-    forms = bench_models.forms_of(bench_models.VARIANTS[name], device, dtype)
+    forms = bench_models.forms_of(VARIANTS[name], device, dtype)
     images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     images = images.to(device, dtype)
     with torch.inference_mode():

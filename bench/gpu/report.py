@@ -17,7 +17,7 @@ def write(folder: Path) -> str:
     tables = [*machine(cells), *tests(cells), *ops(cells), *models(cells), *failed(cells)]
     tables = [table for table in tables if table.rows]
     (folder / "gpu.json").write_text(json.dumps(cells, indent=1) + "\n")
-    (folder / "gpu.html").write_text(drawing.page(tables, [], []))
+    (folder / "gpu.html").write_text(drawing.page("What one GPU told.", tables, [], []))
     return "\n".join(text(table) for table in tables) + f"\nWritten: {folder}/gpu.json, gpu.html"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu.timing import Call, has_gpu, in_turns, rotated
+from bench.gpu.timing import has_gpu, in_turns, rotated
 
 MIB = 2**20
 SIZES = (1, 4, 16, 64, 256, 1024, 4096)
@@ -22,7 +22,7 @@ def measure(seconds: float) -> dict[str, Any]:
     for size in sizes:
         source = {"x": torch.ones(size * MIB // 8, device=device)}
         whole = {"x": torch.ones(size * MIB // 4, device=device)}
-        calls: dict[str, list[Call]] = {
+        calls = {
             "copy": [k["x"].clone for k in rotated(source)],
             "read": [k["x"].sum for k in rotated(whole)],
         }

@@ -6,7 +6,7 @@ Without a GPU the same calls run one after another, so that everything around th
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ def rotated(kwargs: dict[str, Any]) -> list[dict[str, Any]]:
     return [kwargs, *(tree_map(copy, kwargs) for _ in range(count - 1))]
 
 
-def in_turns(contenders: dict[str, Sequence[Call]], seconds: float) -> dict[str, Timed]:
+def in_turns(contenders: Mapping[Any, Sequence[Call]], seconds: float) -> dict[Any, Timed]:
     """Every contender's calls (one per copy of the input), replayed in random order."""
     ready = {name: _ready(calls) for name, calls in contenders.items()}
     samples = alternate({name: r[0] for name, r in ready.items()}, seconds, rounds=(7, 40))
@@ -78,10 +78,15 @@ def _ready(calls: Sequence[Call]) -> tuple[Call, int, str, float]:
     """One function that makes `count` calls and waits for them; how; milliseconds of one call by
     itself.
     """
-    for call in calls[:2] * 2:
+    for call in [*calls[:2], *calls[:2]]:
         call()
     synchronize()
-    one = min(alternate({"": lambda: (calls[0](), synchronize())}, 0.01)[""])
+
+    def once() -> None:
+        calls[0]()
+        synchronize()
+
+    one = min(alternate({"": once}, 0.01)[""])
     count = max(len(calls), min(MOST_CALLS, int(REPLAY / one) + 1))
     if not has_gpu():
         return calls[0], 1, "no GPU", 1e3 * one
@@ -90,7 +95,12 @@ def _ready(calls: Sequence[Call]) -> tuple[Call, int, str, float]:
         with torch.cuda.graph(graph):
             for i in range(count):
                 calls[i % len(calls)]()
-        return lambda: (graph.replay(), torch.cuda.synchronize()), count, "graph", 1e3 * one
+
+        def replay() -> None:
+            graph.replay()
+            torch.cuda.synchronize()
+
+        return replay, count, "graph", 1e3 * one
     except Exception as error:  # a call that synchronises cannot be captured
         torch.cuda.synchronize()
         reason = f"{type(error).__name__}: {error}".split("\n")[0][:120]

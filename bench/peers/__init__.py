@@ -20,8 +20,8 @@ class Peer:
 
     `compiled` adds the same function under torch.compile. `dtypes` are those it can run (None:
     all). A peer that does not cover a case returns NotImplemented. `compare(got, want, low,
-    kwargs)` replaces the op's own where the form must differ. `gradient` is False where no gradient
-    flows through it.
+    kwargs)` replaces the op's own where the form must differ, `compare_gradients` that of
+    gradients. `gradient` is False where no gradient flows through it.
     """
 
     fn: Callable[..., Any]
@@ -29,6 +29,7 @@ class Peer:
     dtypes: tuple[torch.dtype, ...] | None = None
     note: str = ""
     compare: Callable[..., None] | None = None
+    compare_gradients: Callable[..., None] | None = None
     gradient: bool = True
 
 
@@ -37,13 +38,17 @@ def roughly(
     want: list[torch.Tensor],
     low: list[torch.Tensor],
     kwargs: dict[str, Any],
+    times: float = 8.0,
+    roundings: float = 8.0,
 ) -> None:
-    """For peers that round in between: up to eight times the error of the reference itself."""
+    """For peers that round in between: up to so many times the error of the reference itself, or so
+    many roundings of the largest value.
+    """
     for number, (g, w, r) in enumerate(zip(got, want, low, strict=True)):
         assert g.shape == w.shape, f"output {number}: shape {tuple(g.shape)}"
-        eps = torch.finfo(torch.float32).eps
+        least = max(64 * torch.finfo(torch.float32).eps, roundings * torch.finfo(g.dtype).eps)
         own, scale = (r.double() - w).abs().max().item(), w.abs().max().item()
-        error, bound = (g.double() - w).abs().max().item(), max(8 * own, 64 * eps * scale)
+        error, bound = (g.double() - w).abs().max().item(), max(times * own, least * scale)
         assert error <= bound, f"output {number}: error {error:.3g}, bound {bound:.3g}"
 
 

@@ -1,5 +1,5 @@
-"""What people use today to find the nearest code: addmm or cdist and argmin, faiss, and the module
-that most quantisers are built from.
+"""What people use today to find the nearest code: addmm or cdist and argmin, faiss. The module that
+most quantisers are built from is met as a whole, in bench/vq_training.py.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def faiss_flat(x: Tensor, codebook: Tensor, metric: str = "l2", **_: Any) -> lis
     if metric == "cosine":
         x, codebook = F.normalize(x, dim=-1), F.normalize(codebook, dim=-1)
         kind = faiss.METRIC_INNER_PRODUCT
-    _, index = faiss.knn(x.numpy(), codebook.numpy(), 1, metric=kind)
+    index = faiss.knn(x.numpy(), codebook.numpy(), 1, metric=kind)[1]
     return [torch.from_numpy(index)[:, 0]]
 
 
@@ -49,27 +49,6 @@ def formula(x: Tensor, codebook: Tensor, metric: str = "l2", **_: Any) -> list[T
     squares = x.square().sum(-1)[:, None] + codebook.square().sum(-1)
     distance = (squares + torch.einsum("id,jd->ij", x, codebook) * -2).clamp(min=1e-8).sqrt()
     return [(-distance).argmax(-1)]
-
-
-_made: list[Any] = []
-"""The last codebook and the module that holds it: making one is no part of a call."""
-
-
-def module(
-    x: Tensor, codebook: Tensor, metric: str = "l2", return_codes: bool = False, **_: Any
-) -> list[Tensor] | Any:
-    """vector-quantize-pytorch in eval mode; it looks codes up, so it meets only cases that do."""
-    if not return_codes:
-        return NotImplemented
-    from vector_quantize_pytorch import VectorQuantize
-
-    if not _made or _made[0] is not codebook:
-        codes, dim = codebook.shape
-        made = VectorQuantize(dim, codes, use_cosine_sim=metric == "cosine").eval().to(x.device)
-        made._codebook.embed.data.copy_(codebook)
-        _made[:] = [codebook, made]
-    quantized, index, _ = _made[1](x[None])
-    return [index[0], quantized[0]]
 
 
 def most(got: list[Tensor], want: list[Tensor], low: list[Tensor], kwargs: dict[str, Any]) -> None:
@@ -84,5 +63,4 @@ PEERS = {
     "cdist, argmin": Peer(cdist, dtypes=FLOAT32, compare=most),
     "faiss": Peer(faiss_flat, dtypes=FLOAT32, compare=most),
     "vector-quantize-pytorch's formula": Peer(formula, dtypes=FLOAT32, compare=most),
-    "vector-quantize-pytorch, eval": Peer(module, dtypes=FLOAT32, compare=most),
 }

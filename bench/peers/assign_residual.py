@@ -30,7 +30,7 @@ def module(x: Tensor, codebooks: Tensor) -> list[Tensor]:
 
     if not _made or _made[0] is not codebooks:
         rounds, codes, dim = codebooks.shape
-        made = ResidualVQ(dim=dim, num_quantizers=rounds, codebook_size=codes).eval()
+        made = ResidualVQ(dim=dim, num_quantizers=rounds, codebook_size=codes).eval().to(x.device)
         for layer, book in zip(made.layers, codebooks, strict=True):
             layer._codebook.embed.data.copy_(book)
         _made[:] = [codebooks, made]

@@ -39,11 +39,11 @@ def along_tokens(layers: Any, index: Tensor, **_: Any) -> list[Tensor]:
     return [tensor.index_select(2, index) for layer in layers for tensor in layer]
 
 
-def _sorted_rows(rows: Tensor) -> Tensor:
-    """The rows of every head in an order of their own: by a weighted sum of their elements."""
-    rows = rows.double()
-    order = (rows @ torch.linspace(1, 2, rows.shape[-1]).to(rows)).argsort(-1)
-    return rows.gather(2, order[..., None].expand_as(rows))
+def _hashes(rows: Tensor) -> Tensor:
+    """A hash of every row, ascending in each head: which rows there are, whatever their order."""
+    words = rows.view(torch.int64)
+    factors = torch.randint(2**62, words.shape[-1:], generator=torch.Generator().manual_seed(0))
+    return (words * factors.to(words.device)).sum(-1).sort(-1).values
 
 
 def same_rows(
@@ -52,12 +52,14 @@ def same_rows(
     """Peers keep ascending order; where ours fills holes, the same rows stand in another one."""
     filled = kwargs.get("order") == "fill"
     for g, w in zip(got, want, strict=False):
-        g, w = (_sorted_rows(g), _sorted_rows(w)) if filled else (g.double(), w.double())
+        g = g.to(w.dtype)
+        g, w = (_hashes(g), _hashes(w)) if filled else (g, w)
         assert torch.equal(g, w), "other rows than the reference"
 
 
 PEERS = {
     "kvpress: gather, expanded index": Peer(gather, compiled=True, compare=same_rows),
-    "flat index_select": Peer(flat, compiled=True, compare=same_rows),
-    "index_select along tokens": Peer(along_tokens, compiled=True, compare=same_rows),
+    "flat index_select": Peer(flat, compare=same_rows),
+    "index_select along tokens": Peer(along_tokens, compare=same_rows),
 }
+"""The compiler makes the same loops of all three, so one of them is compiled."""

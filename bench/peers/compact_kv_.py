@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from .compact_kv import PEERS
+from .compact_kv import PEERS as OUT_OF_PLACE
 
-__all__ = ["PEERS"]
+PEERS = {
+    name: OUT_OF_PLACE[name] for name in ("kvpress: gather, expanded index", "flat index_select")
+}

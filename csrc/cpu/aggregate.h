@@ -181,22 +181,45 @@ inline void rescale(float* sums, int64_t slots, int64_t channels, const float* f
   }
 }
 
+// Rows [begin, end) of `cols` elements, asked for ahead of their use.
+template <class T>
+TK_INLINE void prefetch_rows(const T* from, int64_t row_stride, int64_t begin, int64_t end,
+                             int64_t cols) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t n = begin; n < end; ++n) {
+    for (int64_t c = 0; c < cols; c += kLine) __builtin_prefetch(from + n * row_stride + c, 0, 3);
+  }
+}
+
 // The product weightsᵀ · values of one block, panel by panel: into sums + place(c) with this
-// stride, then done(c, cols).
+// stride, then done(c, cols). Between the tiles of a product, the columns packed next are asked
+// for, a few at a time; `following` tokens lie behind this block.
 template <class T, class Place, class Done>
 TK_INLINE void multiply_values(const Left& weights, const T* values, int64_t row_stride,
-                               int64_t tokens, int64_t slots, int64_t channels, const Terms& terms,
-                               int64_t stride, bool accumulate, float* panels, const Place& place,
-                               const Done& done) {
+                               int64_t tokens, int64_t following, int64_t slots, int64_t channels,
+                               const Terms& terms, int64_t stride, bool accumulate, float* panels,
+                               const Place& place, const Done& done) {
   using Kind = typename Product<T>::Kind;
-  const int64_t words = Kind::words(tokens);
+  const int64_t words = Kind::words(tokens), tiles = ceil_div(slots, kTileRows);
   for (int64_t group = 0; group < channels; group += kGroupCols) {
     const int64_t last = smaller<int64_t>(channels, group + kGroupCols);
     pack_tokens(values + group, row_stride, tokens, last - group, terms, panels);
+    const bool inside = last < channels;
+    const T* const next = inside ? values + last : values + tokens * row_stride;
+    const int64_t rows = inside ? tokens : smaller(following, tokens);
+    const int64_t width = smaller(channels - (inside ? last : 0), kGroupCols);
+    const int64_t turns = ceil_div(last - group, kTileCols) * tiles;
+    int64_t turn = 0;
     for (int64_t c = group; c < last; c += kTileCols) {
       const int64_t cols = smaller<int64_t>(last - c, kTileCols);
-      multiply_panel<Kind>(weights, panels + (c - group) * words, slots, cols, words, place(c),
-                           stride, accumulate);
+      for (int64_t tile = 0; tile < tiles; ++tile, ++turn) {
+        prefetch_rows(next, row_stride, rows * turn / turns, rows * (turn + 1) / turns, width);
+        const int64_t slot = slots * tile / tiles, height = slots * (tile + 1) / tiles - slot;
+        const Left part = {weights.data + slot * weights.row_stride, weights.row_stride,
+                           weights.depth_stride};
+        multiply_panel<Kind>(part, panels + (c - group) * words, height, cols, words,
+                             place(c) + slot * stride, stride, accumulate);
+      }
       done(c, cols);
     }
   }

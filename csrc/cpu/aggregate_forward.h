@@ -101,16 +101,16 @@ void aggregate(const AggregateSoft& p, const Plan& plan, const Worker& worker, c
     const T* const values = rows_of<T>(p.value, image, n);
     if (one_block) {
       multiply_values(
-          weights, values, p.value.row_stride, tokens, slots, p.C, terms, kTileCols, false,
-          worker.panels, [&](int64_t) { return sums; },
+          weights, values, p.value.row_stride, tokens, p.N - n - tokens, slots, p.C, terms,
+          kTileCols, false, worker.panels, [&](int64_t) { return sums; },
           [&](int64_t c, int64_t cols) {
             divide(sums, kTileCols, running.total, slots, cols, out + c, p.C);
           });
     } else {
       if (n > 0) rescale(sums, slots, p.C, running.factor);
       multiply_values(
-          weights, values, p.value.row_stride, tokens, slots, p.C, terms, p.C, n > 0, worker.panels,
-          [&](int64_t c) { return sums + c; }, [](int64_t, int64_t) {});
+          weights, values, p.value.row_stride, tokens, p.N - n - tokens, slots, p.C, terms, p.C,
+          n > 0, worker.panels, [&](int64_t c) { return sums + c; }, [](int64_t, int64_t) {});
     }
   }
   if (!one_block || p.N == 0) divide(sums, p.C, running.total, slots, p.C, out, p.C);

@@ -71,9 +71,7 @@ TK_INLINE int64_t count_from(const int32_t* keys, int64_t tokens, int32_t bar) {
     std::memcpy(&here, keys + n, sizeof here);
     found -= here >= bar;
   }
-  int64_t total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += found[lane];
-  return total;
+  return fold(found, [](Ints a, Ints b) { return a + b; });
 }
 
 // The highest bar that at least `need` keys reach, found bit by bit; early where exactly `need` do.
@@ -222,12 +220,14 @@ void copy_rows(const GatherTopk& p, const GatherTopk::Tensor& tensor, int64_t im
 }
 
 constexpr int64_t kRowsPerTask = 64;
+// What the selection of an image takes per token, as bytes that would be moved meanwhile.
+constexpr int64_t kSelectCost = 64;
 
 }  // namespace
 
 Status gather_topk_select(const GatherTopk& p, const Pool& pool) {
   const int64_t tasks = smaller<int64_t>(pool.threads, p.batch);
-  parallel_for(pool, tasks, grain_of(16 * p.tokens * p.batch / larger<int64_t>(tasks, 1)),
+  parallel_for(pool, tasks, grain_of(kSelectCost * p.tokens * p.batch / larger<int64_t>(tasks, 1)),
                [&](int64_t begin, int64_t end) {
                  for (int64_t task = begin; task < end; ++task) {
                    for (int64_t image = p.batch * task / tasks;

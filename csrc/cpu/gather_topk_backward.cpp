@@ -93,19 +93,22 @@ void add_scores_gradient(const GatherTopkBackward& p, const GatherTopkBackward::
   }
 }
 
+// Rows first … last of the gradient of an image, prefix tokens in front.
 template <class T>
 void scatter(const GatherTopkBackward& p, const GatherTopkBackward::Tensor& tensor, int64_t image,
-             const int32_t* place) {
+             const int32_t* place, int64_t first, int64_t last) {
   const int64_t channels = tensor.channels, bytes = channels * static_cast<int64_t>(sizeof(T));
   const T* from = static_cast<const T*>(tensor.from) + p.offsets[image] * channels;
   T* to = static_cast<T*>(tensor.to) + image * (p.prefix + p.tokens) * channels;
   const T* fused = static_cast<const T*>(tensor.from) + (p.offsets[image + 1] - 1) * channels;
   const float weight = p.fuse == Fuse::kMean ? dropped_weight(p, image, place) : 1;
   const float inverse = weight != 0 ? 1 / weight : 1;
-  std::memcpy(to, from, static_cast<size_t>(p.prefix * bytes));
-  for (int64_t n = 0; n < p.tokens; ++n) {
-    T* row = to + (p.prefix + n) * channels;
-    if (place[n] != kDropped) {
+  for (int64_t at = first; at < last; ++at) {
+    T* row = to + at * channels;
+    const int64_t n = at - p.prefix;
+    if (n < 0) {
+      std::memcpy(row, from + at * channels, static_cast<size_t>(bytes));
+    } else if (place[n] != kDropped) {
       std::memcpy(row, from + (p.prefix + place[n]) * channels, static_cast<size_t>(bytes));
     } else if (p.fuse == Fuse::kNone) {
       zero_row(reinterpret_cast<char*>(row), bytes);
@@ -113,7 +116,15 @@ void scatter(const GatherTopkBackward& p, const GatherTopkBackward::Tensor& tens
       scale_row(row, fused, channels, score(p, image, n) * inverse);
     }
   }
-  if (p.fuse != Fuse::kNone) add_scores_gradient(p, tensor, image, place, fused, weight);
+}
+
+template <class T>
+void scores_of(const GatherTopkBackward& p, const GatherTopkBackward::Tensor& tensor, int64_t image,
+               const int32_t* place) {
+  const T* fused =
+      static_cast<const T*>(tensor.from) + (p.offsets[image + 1] - 1) * tensor.channels;
+  const float weight = p.fuse == Fuse::kMean ? dropped_weight(p, image, place) : 1;
+  add_scores_gradient(p, tensor, image, place, fused, weight);
 }
 
 }  // namespace
@@ -124,13 +135,27 @@ Status gather_topk_backward(const GatherTopkBackward& p, const Pool& pool) {
     std::memset(p.scores_gradient, 0, sizeof(float) * static_cast<size_t>(p.batch * p.tokens));
   }
   const int64_t channels = p.tensor_count > 0 ? p.tensors[0].channels : 1;
-  parallel_for(pool, p.batch, grain_of(p.tokens * channels * 4), [&](int64_t begin, int64_t end) {
+  auto* places = static_cast<int32_t*>(p.scratch);
+  const int64_t looked_at = p.fuse == Fuse::kNone ? 1 : channels;
+  parallel_for(pool, p.batch, grain_of(p.tokens * looked_at * 4), [&](int64_t begin, int64_t end) {
     for (int64_t image = begin; image < end; ++image) {
-      int32_t* place = static_cast<int32_t*>(p.scratch) + image * p.tokens;
+      int32_t* place = places + image * p.tokens;
       invert(p, image, place);
-      for (int t = 0; t < p.tensor_count; ++t) {
+      for (int t = 0; p.fuse != Fuse::kNone && t < p.tensor_count; ++t) {
         dispatch(p.tensors[t].dtype,
-                 [&](auto zero) { scatter<decltype(zero)>(p, p.tensors[t], image, place); });
+                 [&](auto zero) { scores_of<decltype(zero)>(p, p.tensors[t], image, place); });
+      }
+    }
+  });
+  const int64_t rows = p.prefix + p.tokens;
+  parallel_for(pool, p.batch * rows, grain_of(channels * 4), [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; at = (at / rows + 1) * rows) {
+      const int64_t image = at / rows, first = at % rows;
+      const int64_t last = end - at < rows - first ? first + end - at : rows;
+      for (int t = 0; t < p.tensor_count; ++t) {
+        dispatch(p.tensors[t].dtype, [&](auto zero) {
+          scatter<decltype(zero)>(p, p.tensors[t], image, places + image * p.tokens, first, last);
+        });
       }
     }
   });

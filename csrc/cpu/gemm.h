@@ -16,7 +16,7 @@ namespace {
 constexpr int kTileVectors = 2;
 constexpr int kTileCols = kTileVectors * kLanes;
 constexpr int kTileRows = kLanes == 16 ? 12 : 6;  // accumulators: 24 of 32 registers, or 12 of 16
-constexpr int64_t kPanelGroup = 8;                // panels that are packed together
+constexpr int64_t kPanelGroup = 4;                // panels that are packed together
 constexpr int64_t kDepthBlock =
     256;  // words; one panel block of B: 32 KiB with the widest vectors, the first-level cache
 

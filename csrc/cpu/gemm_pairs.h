@@ -17,6 +17,17 @@ TK_INLINE __m512i join(__m256i even, __m256i odd) {
                          _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
 
+// The same of 32 columns: words of the first 16, and of the others.
+TK_INLINE void store_joined(float* to, __m512i even, __m512i odd) {
+  const __m512i words = _mm512_add_epi32(
+      _mm512_set1_epi32(0x200000),
+      _mm512_mullo_epi32(reinterpret_cast<__m512i>(iota()), _mm512_set1_epi32(0x10001)));
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, words, odd));
+  _mm512_storeu_si512(
+      to + kLanes,
+      _mm512_permutex2var_epi16(even, _mm512_add_epi32(words, _mm512_set1_epi32(0x100010)), odd));
+}
+
 TK_INLINE __m256i round_halves(Floats value) {
   return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
 }
@@ -33,10 +44,7 @@ inline void pack_panels_pairs(const BFloat16* from, int64_t depth_stride, int64_
         const BFloat16* row = from + k * depth_stride + n;
         const __m512i even = _mm512_maskz_loadu_epi16(mask, row);
         const __m512i odd = _mm512_maskz_loadu_epi16(k + 1 < depth ? mask : 0, row + depth_stride);
-        float* out = to + n * words + k / 2 * kTileCols;
-        _mm512_storeu_si512(out, join(_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd)));
-        _mm512_storeu_si512(out + kLanes, join(_mm512_extracti64x4_epi64(even, 1),
-                                               _mm512_extracti64x4_epi64(odd, 1)));
+        store_joined(to + n * words + k / 2 * kTileCols, even, odd);
       }
     }
   }

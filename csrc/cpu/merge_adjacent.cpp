@@ -5,6 +5,9 @@
 namespace tk::TK_ISA {
 namespace {
 
+// What placing a token takes, as bytes that would be moved meanwhile.
+constexpr int64_t kPlaceCost = 64;
+
 // What follows from the shapes. A task is one row of windows (all windows of the last axis), or
 // what is left of the grid there.
 struct Windows {
@@ -299,7 +302,8 @@ void merge_images(const MergeAdjacent& p, const Windows& w, const Scratch& s, co
     p.offsets[image + 1] = p.offsets[image] + w.length - s.merging[image] * (w.size - 1);
   }
   const int64_t slots = smaller(slots_of(p, pool.threads), end - begin);
-  parallel_for(pool, slots, 1, [&](int64_t from, int64_t to) {
+  const int64_t places = w.length * ceil_div(end - begin, slots);
+  parallel_for(pool, slots, grain_of(kPlaceCost * places), [&](int64_t from, int64_t to) {
     for (int64_t slot = from; slot < to; ++slot) {
       for (int64_t image = begin + slot; image < end; image += slots) place(p, w, s, image, slot);
     }

@@ -116,21 +116,24 @@ struct Progress {
   int64_t start;    // its first token
 };
 
-// index[t] becomes the output row of token t.
+// index[t] becomes the output row of token t. Whether a token joins is not to be foreseen, so
+// nothing branches on it.
 void number(const MergeRuns& p, int64_t begin, int64_t end, Progress& open) {
-  each_token(p, begin, end, [&](int64_t image, int64_t position, int64_t t) {
-    const bool joins = p.index[t] != 0 && open.members < p.max_run;
-    if (position == 0 && p.padded) open.row = -1;
-    if (!joins) {
-      ++open.row;
-      open.members = 0;
-      open.start = t;
+  for (int64_t t = begin; t < end;) {
+    const int64_t image = t / p.length, behind = (image + 1) * p.length;
+    if (t == image * p.length && p.padded) open.row = -1;
+    Progress run = open;
+    for (const int64_t last = smaller(end, behind); t < last; ++t) {
+      const int64_t joins = p.index[t] & (run.members < p.max_run);
+      run.row += 1 - joins;
+      run.start += (joins - 1) & (t - run.start);
+      run.members = (run.members & -joins) + 1;
+      p.index[t] = run.row;
     }
-    ++open.members;
-    p.index[t] = open.row;
-    if (position == p.length - 1)
+    open = run;
+    if (t == behind)
       p.offsets[image + 1] = p.padded ? p.offsets[image] + open.row + 1 : open.row + 1;
-  });
+  }
 }
 
 // The run of `count` tokens that begins at `position`, into row `row` of the output.
@@ -165,7 +168,7 @@ void write(const MergeRuns& p, int64_t begin, int64_t end) {
 // Zeros behind the last run of every image.
 void pad(const MergeRuns& p, const Pool& pool) {
   const int64_t bytes = size_of(p.dtype) * p.channels;
-  parallel_for(pool, p.batch, 1, [&](int64_t from, int64_t to) {
+  parallel_for(pool, p.batch, grain_of(p.length * bytes), [&](int64_t from, int64_t to) {
     for (int64_t image = from; image < to; ++image) {
       const int64_t runs = p.offsets[image + 1] - p.offsets[image];
       const int64_t row = image * p.length + runs;

@@ -132,13 +132,14 @@ void pack_panel(const T* key, int64_t stride, int keys, int words, float* panel)
   }
 }
 
-// Walks over the rows of the next panel and asks for them, line by line, while this one is
+// Walks once over the rows of the next panel and asks for them, line by line, while this one is
 // multiplied.
 struct Ahead {
-  const char *line, *row_end;
+  const char *line, *row_end, *end;
   int64_t row_bytes, stride_bytes;
 
   TK_INLINE void step() {
+    if (line >= end) return;
     __builtin_prefetch(line, 0, 2);
     line += 64;
     if (line >= row_end) {
@@ -172,11 +173,12 @@ void multiply(const float* query, const float* panel, int words, const Scores& s
     }
   }
   next = ahead;
+#pragma GCC unroll 6
   for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
       float* to = scores.at + r * scores.width + v * kLanes;
-      if (!scores.first) sums[r][v] += load(to);
-      store(to, sums[r][v]);
+      store(to, scores.first ? sums[r][v] : sums[r][v] + load(to));
     }
   }
 }
@@ -215,7 +217,7 @@ void multiply_many(const float* query, int rows, int64_t dim, const T* key, int6
       const int64_t row_bytes = depth * static_cast<int64_t>(sizeof(T)),
                     stride_bytes = stride * static_cast<int64_t>(sizeof(T));
       const char* line = reinterpret_cast<const char*>(from) + kPanel * stride_bytes;
-      Ahead next{line, line + row_bytes, row_bytes, stride_bytes};
+      Ahead next{line, line + row_bytes, line + kPanel * stride_bytes, row_bytes, stride_bytes};
       for (int r = 0; r < rows; r += kRowBlock) {
         const int block = smaller(kRowBlock, rows - r);
         const float* q = query + (d / kDepth * rows + r) * kWords<Pairs>;
@@ -311,16 +313,18 @@ void pack_query(Way way, const T* from, int r, int rows, int64_t dim, float* to)
   const int64_t words = way.pairs ? dim / 2 : dim;
   int64_t step = way.pairs ? kWords<true> : kWords<false>;
   if (way.few) step = ceil_div(words, kLanes) * kLanes;
-  for (int64_t w = 0; w < words; w += kLanes) {
-    const int count = static_cast<int>(smaller<int64_t>(kLanes, words - w));
-    float* at = to + (w / step * rows + r) * step + w % step;
-    if constexpr (sizeof(T) == 2) {
-      if (way.pairs) {
-        store(at, load(words_of<true>(from) + w, count));
-        continue;
+  for (int64_t begin = 0; begin < words; begin += step) {
+    float* at = to + begin * rows + r * step;
+    for (int64_t w = begin; w < smaller(words, begin + step); w += kLanes, at += kLanes) {
+      const int count = static_cast<int>(smaller<int64_t>(kLanes, words - w));
+      if constexpr (sizeof(T) == 2) {
+        if (way.pairs) {
+          store(at, load(words_of<true>(from) + w, count));
+          continue;
+        }
       }
+      store(at, load(from + w, count));
     }
-    store(at, load(from + w, count));
   }
 }
 

@@ -10,6 +10,7 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLowest = -3.402823466e38f;
+constexpr int kRowsAhead = 12;  // asked for while one is summed up
 
 Status check_values(const ScoreAttention& p) {
   for (int64_t b = 0; p.key_lengths && b < p.batch; ++b) {
@@ -163,6 +164,8 @@ TK_INLINE void add_heads(const ScoreAttention& p, const Plan& plan, const Segmen
     for (int64_t h = segment.first_head; h < end; ++h) {
       const int64_t r = h * rows + t;
       if (left >= kColumns) {
+        for (int v = 0; v < kColumnVectors; ++v)
+          __builtin_prefetch(scores + (r + kRowsAhead) * width + v * kLanes);
         for (int v = 0; v < kColumnVectors; ++v)
           values[v] += load(scores + r * width + v * kLanes) * factors[r];
       } else {

@@ -169,9 +169,16 @@ TK_INLINE void store(T* to, Floats value, int count) {
 
 TK_INLINE Floats select(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
 
+// a > b ? a : b and a < b ? a : b: b where one is NaN.
+#if defined(__AVX512F__)
+TK_INLINE Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+
+TK_INLINE Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+#else
 TK_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
 TK_INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
+#endif
 
 // The upper half of `width` lanes in the place of the lower; what lies in the others does not
 // matter.
@@ -205,6 +212,21 @@ TK_INLINE int32_t min(Ints value) {
   return fold(value, [](Ints a, Ints b) { return b < a ? b : a; });
 }
 
+// value · 2^power; `shifted` is the power as an integer above 1.5·2^23.
+TK_INLINE Floats scale_by_power(Floats value, [[maybe_unused]] Floats power,
+                                [[maybe_unused]] Floats shifted) {
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(value, power);
+#else
+  // In two factors: the power runs to 128, one factor would overflow its exponent.
+  const Ints exponent = reinterpret_cast<Ints>(shifted) - 0x4b400000;
+  const Ints half = exponent >> 1;
+  const Floats scale1 = reinterpret_cast<Floats>((half + 127) << 23);
+  const Floats scale2 = reinterpret_cast<Floats>((exponent - half + 127) << 23);
+  return value * scale1 * scale2;
+#endif
+}
+
 // e^x, relative error below 2 ulp; 0 below −87.34 (and for −inf), inf above 88.73, NaN for NaN.
 TK_INLINE Floats exp(Floats x) {
   const Floats clamped = max(min(x, splat(89.0f)), splat(-88.0f));
@@ -219,12 +241,7 @@ TK_INLINE Floats exp(Floats x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  // 2^power in two factors: power runs to 128, one factor would overflow its exponent.
-  const Ints exponent = reinterpret_cast<Ints>(shifted) - 0x4b400000;
-  const Ints half = exponent >> 1;
-  const Floats scale1 = reinterpret_cast<Floats>((half + 127) << 23);
-  const Floats scale2 = reinterpret_cast<Floats>((exponent - half + 127) << 23);
-  const Floats result = p * scale1 * scale2;
+  const Floats result = scale_by_power(p, power, shifted);
   return select(x != x, x, select(x < -87.33654475f, splat(0.0f), result));
 }
 

@@ -6,7 +6,7 @@ namespace {
 
 py::tuple accumulate_codes_numpy(const array& x_in, const array& index_in, int64_t codes,
                                  bool grouped) {
-  const array x = elements(x_in), index = array::ensure(index_in, array::c_style);
+  const array x = elements(x_in), index = contiguous(index_in);
   AccumulateCodes p{};
   p.x = rows_of(x, grouped, "accumulate_codes");
   p.groups = grouped ? x.shape(x.ndim() - 2) : 1;
@@ -20,10 +20,13 @@ py::tuple accumulate_codes_numpy(const array& x_in, const array& index_in, int64
   array sums = empty(shape, py::dtype::of<float>());
   p.counts = static_cast<int64_t*>(counts.mutable_data());
   p.sums = static_cast<float*>(sums.mutable_data());
+  const Pool threads = pool();
+  Scratch scratch(accumulate_codes_scratch(p, threads.threads));
+  p.scratch = scratch.data();
   Status status;
   {
     const py::gil_scoped_release release;
-    status = accumulate_codes(p, pool());
+    status = accumulate_codes(p, threads);
   }
   check(status, "accumulate_codes",
         "index: allowed -1 … K−1 (-1: counted nowhere), got something else");

@@ -1,21 +1,17 @@
-// What every NumPy binding needs: arrays as plain pointers and strides, fresh outputs, a few
-// threads.
+// What every NumPy binding needs: arrays as plain pointers and strides, fresh outputs.
 #pragma once
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#ifdef __linux__
-#include <sched.h>
-#endif
 
 #include <algorithm>
-#include <exception>
+#include <cstring>
 #include <memory>
 #include <string>
-#include <thread>
 #include <vector>
 
+#include "numpy/threads.h"
 #include "tokenkernels.h"
 
 namespace tk::bind {
@@ -58,25 +54,35 @@ inline array elements(const array& a) {
              : array::ensure(a, array::c_style | array::forcecast).attr("copy")().cast<array>();
 }
 
+// The elements one behind the other, aligned; a copy where they are not.
+inline array contiguous(const array& a) { return elements(array::ensure(a, array::c_style)); }
+
 // A C-ordered copy, where the last dimension is not contiguous.
 inline array rows_contiguous(const array& a) {
   const bool good =
       a.ndim() == 0 || a.shape(a.ndim() - 1) <= 1 || a.strides(a.ndim() - 1) == a.itemsize();
-  return good ? elements(a) : array::ensure(a, array::c_style);
+  return good ? elements(a) : contiguous(a);
 }
 
+// For tests: whether outputs and scratch arrive as NaN, in every type.
+extern bool poisoned;
+
 inline array empty(std::vector<py::ssize_t> shape, const py::dtype& dtype) {
-  return array(dtype, std::move(shape));
+  array result(dtype, std::move(shape));
+  if (poisoned) std::memset(result.mutable_data(), 0xff, static_cast<size_t>(result.nbytes()));
+  return result;
 }
 
 // Bytes that a kernel borrows for one call; few of them cost no allocation.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {
-    if (bytes <= static_cast<int64_t>(sizeof small_)) return;
-    large_.reset(new char[static_cast<size_t>(bytes) + 64]);
-    data_ =
-        reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(large_.get()) + 63) & ~uintptr_t{63});
+    if (bytes > static_cast<int64_t>(sizeof small_)) {
+      large_.reset(new char[static_cast<size_t>(bytes) + 64]);
+      data_ = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(large_.get()) + 63) &
+                                      ~uintptr_t{63});
+    }
+    if (poisoned) std::memset(data_, 0xff, static_cast<size_t>(bytes));
   }
   Scratch(const Scratch&) = delete;
   void* data() { return data_; }
@@ -86,37 +92,5 @@ class Scratch {
   std::unique_ptr<char[]> large_;
   void* data_ = small_;
 };
-
-// The cores that this process may run on.
-inline int cores() {
-#ifdef __linux__
-  cpu_set_t allowed;
-  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
-#endif
-  return static_cast<int>(std::thread::hardware_concurrency());
-}
-
-// Threads of this call only. Ranges below one grain run in the caller, and so do those for which
-// the system has no thread.
-inline Pool pool() {
-  static const int kThreads = std::clamp(cores(), 1, 16);
-  return {[](int64_t count, int64_t grain, Pool::Body body, const void* context) {
-            const int64_t parts = std::min<int64_t>(kThreads, (count + grain - 1) / grain);
-            std::vector<std::thread> others;
-            int64_t part = 1;
-            try {
-              for (; part < parts; ++part) {
-                others.emplace_back(body, context, count * part / parts,
-                                    count * (part + 1) / parts);
-              }
-            } catch (const std::exception&) {
-            }
-            body(context, 0, count / std::max<int64_t>(parts, 1));
-            for (; part < parts; ++part)
-              body(context, count * part / parts, count * (part + 1) / parts);
-            for (std::thread& other : others) other.join();
-          },
-          kThreads};
-}
 
 }  // namespace tk::bind

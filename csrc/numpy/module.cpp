@@ -2,6 +2,8 @@
 #include "numpy/bind.h"
 
 namespace tk::bind {
+bool poisoned = false;
+
 void bind_accumulate_codes(py::module_& m);
 void bind_aggregate_logits(py::module_& m);
 void bind_aggregate_soft(py::module_& m);
@@ -18,6 +20,7 @@ void bind_slim_tokens(py::module_& m);
 PYBIND11_MODULE(_numpy, m) {
   m.def("instruction_set", &tk::instruction_set);
   m.def("set_instruction_set", &tk::set_instruction_set);
+  m.def("poison", [](bool on) { tk::bind::poisoned = on; });
   tk::bind::bind_accumulate_codes(m);
   tk::bind::bind_aggregate_logits(m);
   tk::bind::bind_aggregate_soft(m);

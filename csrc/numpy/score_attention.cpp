@@ -7,21 +7,22 @@ namespace {
 using Heads = ScoreAttention::Heads;
 constexpr const char* kOp = "score_attention";
 
-// A small array of the call, if it came: its pointer and its strides.
+// A small array of the call, if it came: its pointer and its strides. `object` becomes the copy,
+// where one is needed, and keeps it.
 template <class T>
-const T* view(const py::object& object, int64_t* strides) {
+const T* view(py::object& object, int64_t* strides) {
   if (object.is_none()) return nullptr;
-  const auto a = py::cast<array>(object);
+  const array a = elements(py::cast<array>(object));
+  object = a;
   for (int i = 0; i < a.ndim(); ++i) strides[i] = stride_of(a, i);
   return static_cast<const T*>(a.data());
 }
 
 // Shapes and dtypes were checked by the caller.
 array score_attention_numpy(const array& query_any, const array& key_any, float scale, bool causal,
-                            const py::object& query_positions, const py::object& key_lengths,
-                            const py::object& lse, const py::object& row_weights,
-                            int64_t first_column, int64_t end_column, int heads, bool sum, bool max,
-                            int64_t pool_size) {
+                            py::object query_positions, py::object key_lengths, py::object lse,
+                            py::object row_weights, int64_t first_column, int64_t end_column,
+                            int heads, bool sum, bool max, int64_t pool_size) {
   const array query = rows_contiguous(query_any), key = rows_contiguous(key_any);
   ScoreAttention p{};
   p.query = query.data();

@@ -8,9 +8,8 @@ array slim_tokens_numpy(const array& x, const array& norm_weight, const array& n
                         const array& w1, const array& b1, const array& w2, float scale, float eps) {
   const array tokens = rows_contiguous(x), first = rows_contiguous(w1),
               second = rows_contiguous(w2);
-  const array gain = array::ensure(norm_weight, array::c_style),
-              shift = array::ensure(norm_bias, array::c_style);
-  const array bias = array::ensure(b1, array::c_style);
+  const array gain = contiguous(norm_weight), shift = contiguous(norm_bias);
+  const array bias = contiguous(b1);
   SlimTokens p{};
   p.dtype = dtype_of(x, "slim_tokens");
   p.batch = x.shape(0);

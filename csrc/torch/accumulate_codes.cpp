@@ -24,7 +24,10 @@ std::tuple<Tensor, Tensor> accumulate_codes_cpu(Tensor x, Tensor index, int64_t 
                         : empty({codes, p.dim}, ScalarType::Float);
   p.counts = static_cast<int64_t*>(counts.data_ptr());
   p.sums = static_cast<float*>(sums.data_ptr());
-  check(accumulate_codes(p, pool()), op,
+  const Pool threads = pool();
+  Scratch scratch(accumulate_codes_scratch(p, threads.threads));
+  p.scratch = scratch.data();
+  check(accumulate_codes(p, threads), op,
         "index: allowed -1 … K−1 (-1: counted nowhere), got something else");
   return {counts, sums};
 }

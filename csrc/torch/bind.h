@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -80,15 +81,21 @@ inline Tensor rows_contiguous(const Tensor& tensor) {
                                                             : torch::stable::contiguous(tensor);
 }
 
+// For tests: whether scratch arrives as NaN, in every type. Outputs do where torch is
+// deterministic.
+extern bool poisoned;
+
 // Bytes that a kernel borrows for one call; few of them cost no allocation.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {
     check(bytes >= 0, "scratch", "sizes: allowed fewer than 2^63 bytes");
-    if (bytes <= static_cast<int64_t>(sizeof small_)) return;
-    large_ = empty({bytes + 64}, ScalarType::Byte);
-    data_ = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(large_->data_ptr()) + 63) &
-                                    ~uintptr_t{63});
+    if (bytes > static_cast<int64_t>(sizeof small_)) {
+      large_ = empty({bytes + 64}, ScalarType::Byte);
+      data_ = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(large_->data_ptr()) + 63) &
+                                      ~uintptr_t{63});
+    }
+    if (poisoned) std::memset(data_, 0xff, static_cast<size_t>(bytes));
   }
   Scratch(const Scratch&) = delete;
   void* data() { return data_; }

@@ -138,8 +138,10 @@ std::tuple<std::vector<Tensor>, Tensor> gather_topk_backward_cpu(std::vector<Ten
   p.prefix = prefix;
   check(index.scalar_type() == ScalarType::Long && offsets.scalar_type() == ScalarType::Long &&
             (index.dim() == 1 || (dense && index.size(0) == p.batch)) && offsets.dim() == 1 &&
-            index.is_contiguous() && offsets.is_contiguous() && offsets.numel() == p.batch + 1,
+            offsets.numel() == p.batch + 1,
         op, "index, offsets: those of the forward call");
+  index = torch::stable::contiguous(index);
+  offsets = torch::stable::contiguous(offsets);
   p.index = static_cast<const int64_t*>(index.data_ptr());
   p.offsets = static_cast<const int64_t*>(offsets.data_ptr());
   check(fits(p, prefix + fused, index.numel()), op,

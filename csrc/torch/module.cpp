@@ -6,6 +6,12 @@
 
 TK_EXPORT const char* tokenkernels_instruction_set() { return tk::instruction_set(); }
 
+namespace tk::bind {
+bool poisoned = false;
+}
+
+TK_EXPORT void tokenkernels_poison(int on) { tk::bind::poisoned = on != 0; }
+
 TK_EXPORT int tokenkernels_set_instruction_set(const char* name) {
   return tk::set_instruction_set(name);
 }

@@ -134,6 +134,34 @@ def test_turned_keys_are_those_of_the_new_position() -> None:
     assert torch.equal(kept.layers[0][1], raw[:, :, index])
 
 
+def test_in_place_the_versions_of_all_tensors_go_up() -> None:
+    """What a graph saved of the cache is known to have changed."""
+    layers = [(torch.randn(1, 2, 12, 4), torch.randn(1, 2, 12, 4)) for _ in range(2)]
+    tensors = [tensor for layer in layers for tensor in layer]
+    before = [tensor._version for tensor in tensors]
+    tk.compact_kv(layers, _kept(12, 5))
+    assert [tensor._version for tensor in tensors] == before
+    tk.compact_kv(layers, _kept(12, 5), inplace=True)
+    assert all(t._version > old for t, old in zip(tensors, before, strict=True))
+    factor = torch.ones((), requires_grad=True)
+    product = (factor * tensors[0]).sum()
+    tk.compact_kv(layers, _kept(12, 5), inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_in_place_a_leaf_that_requires_grad_is_refused() -> None:
+    cache, leaf = torch.randn(1, 2, 12, 4), torch.randn(1, 2, 12, 4, requires_grad=True)
+    before = leaf.detach().clone()
+    with pytest.raises(ValueError, match=r"layers .in place.: allowed no leaf that requires grad"):
+        tk.compact_kv([(cache, leaf)], _kept(12, 5), inplace=True)
+    assert torch.equal(leaf, before)
+    assert not tk.compact_kv([(cache, leaf)], _kept(12, 5)).layers[0][1].requires_grad
+    with torch.no_grad():
+        tk.compact_kv([(cache, leaf)], _kept(12, 5), inplace=True)
+    assert torch.equal(leaf[:, :, :5], before[:, :, _kept(12, 5)])
+
+
 def _triton() -> None:
     if reason := OPS["compact_kv"].why_not("triton", "cpu"):
         pytest.skip(reason)

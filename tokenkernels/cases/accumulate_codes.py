@@ -27,6 +27,13 @@ def _strided(t: Make) -> dict[str, Any]:
     }
 
 
+def _grouped_strided(t: Make) -> dict[str, Any]:
+    return _strided(t) | {
+        "index": t.randint(-1, 8, (3, 19, 2)).permute(2, 0, 1),
+        "grouped": True,
+    }
+
+
 def cost(kwargs: dict[str, Any]) -> tuple[float, float]:
     x, index, codes = kwargs["x"], kwargs["index"], kwargs["K"]
     groups = x.shape[-2] if kwargs.get("grouped") else 1
@@ -45,6 +52,7 @@ CASES = [
     Case("more-codes-than-tokens", _simple((5, 3), 1000)),
     Case("no-tokens", _simple((0, 4), 6)),
     Case("strided", _strided),
+    Case("grouped-strided", _grouped_strided),
     Case("8192x4096x12", _simple((8192, 12), 4096), ("bench",)),
     Case("4096x1024x256", _simple((4096, 256), 1024), ("bench",)),
     Case("6000x1024x128", _simple((6000, 128), 1024), ("bench",)),

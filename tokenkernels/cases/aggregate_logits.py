@@ -68,6 +68,7 @@ CASES = [
     Case("blocks", _simple(2, 300, 40, 8)),
     Case("more-slots", _simple(1, 5, 300, 3)),
     Case("strided", _strided),
+    Case("long", _simple(1, 1100, 5, 3)),
     Case("sit 16x196 m=128 c=768", _simple(16, 196, 128, 768), ("bench",)),
     Case("video 2x4096 m=256 c=768", _simple(2, 4096, 256, 768), ("bench",)),
     Case("resampler 4x576 m=64 c=1024", _simple(4, 576, 64, 1024), ("bench",)),

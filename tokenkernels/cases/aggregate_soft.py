@@ -41,6 +41,23 @@ def _key_is_value(t: Make) -> dict[str, Any]:
     return {"query": t.randn(50, 24), "key": x, "value": x[:], "scale": 24**-0.5}
 
 
+def _own_query(t: Make) -> dict[str, Any]:
+    """A query per image, keys that are the values, biases, no mask."""
+    x = t.randn(2, 26, 24)
+    return {
+        "query": t.randn(2, 9, 24),
+        "key": x,
+        "value": x[:],
+        "bias": t.randn(2, 26),
+        "scale": 0.3,
+    }
+
+
+def _mask_and_weights(t: Make) -> dict[str, Any]:
+    mask = t.bool(0.5, (2, 31))
+    return _simple(2, 31, 6, 8, 11, mask=mask, scale=-0.4, return_weights=True)(t)
+
+
 def _scale_tensor(t: Make) -> dict[str, Any]:
     return {
         "query": t.randn(5, 9),
@@ -123,6 +140,8 @@ CASES = [
     Case("shared", _simple(3, 37, 13, 16, 19)),
     Case("everything", _everything, ("test", "coupled")),
     Case("key-is-value", _key_is_value),
+    Case("own-query-bias", _own_query, ("test", "coupled")),
+    Case("mask-weights", _mask_and_weights),
     Case("scale-tensor", _scale_tensor),
     Case("infinite-bias", _infinite),
     Case("peaky-blocks", _peaky),

@@ -25,6 +25,10 @@ def _grouped(t: Make) -> dict[str, Any]:
     }
 
 
+def _grouped_by(metric: str) -> Any:
+    return lambda t: _grouped(t) | {"metric": metric}
+
+
 def _hard(metric: str, dim: int) -> Any:
     def make(t: Make) -> dict[str, Any]:
         codebook = t.randint(-2, 3, (90, dim)).to(t.dtype)
@@ -119,6 +123,8 @@ CASES = [
     Case("wide-codes", _simple((6, 257), 80, return_codes=True, return_distance=True)),
     Case("many-codes", _simple((5, 16), 3000)),
     Case("grouped", _grouped),
+    Case("grouped-cosine", _grouped_by("cosine")),
+    Case("grouped-dot", _grouped_by("dot")),
     Case("ties-nan-inf", _hard("l2", 6), ("test", "no-opcheck")),
     Case("ties-nan-inf-wide", _hard("l2", 20), ("test", "no-opcheck")),
     Case("ties-nan-inf-cosine", _hard("cosine", 6), ("test", "no-opcheck")),
@@ -138,9 +144,6 @@ CASES = [
     _bench(4096, 1024, 256),
     _bench(6000, 1024, 128),
     _bench(2048, 16384, 256),
-    _bench(8192, 4096, 12, return_codes=True),
-    _bench(6000, 1024, 128, return_codes=True),
-    _bench(4096, 1024, 256, return_codes=True),
 ]
 
 BAD: list[Bad] = [

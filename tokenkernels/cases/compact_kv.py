@@ -59,6 +59,25 @@ def _per_layer(t: Make) -> dict[str, Any]:
     }
 
 
+def _lengths_per_head(t: Make) -> dict[str, Any]:
+    """Lengths of their own for every head, shorter than the cache, in 32 bits."""
+    index = _ragged(t, [19, 8, 13], 14, (2, 3))
+    lengths = torch.tensor([[19, 8, 13]] * 2, device=t.device).int()
+    return {"layers": _cache(t, 2, 3, [22, 19], 10), "index": index, "lengths": lengths}
+
+
+def _mixed_layers(t: Make) -> dict[str, Any]:
+    """Indices of 32 and 64 bits, per head, per sample, shared; lengths likewise."""
+    index = [
+        _ragged(t, [20], 7, (2, 3)).int(), _ragged(t, [11], 11, (2,)), _kept(t, 9, 4).int()
+    ]  # fmt: skip
+    lengths = [
+        torch.full((2, 3), 20), torch.tensor([11, 12]).int(), torch.tensor(9)
+    ]  # fmt: skip
+    lengths = [one.to(t.device) for one in lengths]
+    return {"layers": _cache(t, 2, 3, [21, 12, 9], 6), "index": index, "lengths": lengths}
+
+
 def _with_scales(t: Make) -> dict[str, Any]:
     layers = []
     for tokens in (18, 25):
@@ -102,6 +121,21 @@ def _long_range(t: Make) -> dict[str, Any]:
     }
 
 
+def _rope_per_layer(t: Make) -> dict[str, Any]:
+    """Keys turned by positions of their own in every layer, ragged, below lengths per sample, with
+    one more tensor behind the values.
+    """
+    index = [_ragged(t, [24, 15], 12, (2, 2)), _ragged(t, [24, 15], 9, (2,)).int()]
+    new = [torch.arange(12, device=t.device), torch.arange(9, device=t.device).expand(2, 9)]
+    old = [2 * rows + 5 for rows in index]
+    return {
+        "layers": [(*pair, t.randn(2, 2, 24, 1)) for pair in _cache(t, 2, 2, [24, 24], 14)],
+        "index": index,
+        "lengths": torch.tensor([24, 24], device=t.device),
+        "rope": (t.rand(7), old, new),
+    }
+
+
 def _with(make: Any, **options: Any) -> Any:
     return lambda t: make(t) | options
 
@@ -112,6 +146,9 @@ _SMALL: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "shared": (_shared, ("stable",), ("coupled",)),
     "per-head-int32": (_per_head, _BOTH, ()),
     "per-layer": (_per_layer, ("fill",), ("coupled",)),
+    "lengths-per-head": (_lengths_per_head, _BOTH, ()),
+    "mixed-layers": (_mixed_layers, _BOTH, ("coupled",)),
+    "rope-per-layer": (_rope_per_layer, _BOTH, ("coupled",)),
     "int8-scales": (_with_scales, ("stable",), ()),
     "strided": (_strided, ("fill",), ()),
     "rope": (_rope(2, 3, 40, 36, 17, ()), ("stable",), ("coupled",)),
@@ -304,8 +341,8 @@ BAD_IN_PLACE: list[Bad] = [
 
 CASES = [
     *_small(inplace=False),
-    Case("llm 32x1x8x8192x128 -> 4096", _cache_of(32, 1, 8, 8192, 4096), ("bench",)),
     Case("mustdrop 13x1x32x640x128 -> 109", _cache_of(13, 1, 32, 640, 109), ("bench",)),
+    Case("llm 32x1x8x8192x128 -> 4096", _cache_of(32, 1, 8, 8192, 4096), ("bench",)),
 ]
 
 CASES_IN_PLACE = [

@@ -49,6 +49,22 @@ def _kept(k: int) -> Any:
     return make
 
 
+def _with_keep(*sizes: int, **options: Any) -> Any:
+    def make(t: Make) -> dict[str, Any]:
+        kwargs = _simple(*sizes, **options)(t)
+        return kwargs | {"keep": t.bool(0.3, kwargs["scores"].shape)}
+
+    return make
+
+
+def _fused_pair(t: Make) -> dict[str, Any]:
+    """Two tensors, one without channels, and scores that add up to nothing in one image."""
+    scores = t.rand(3, 20)
+    scores[1] = 0
+    x = (t.randn(3, 21, 12), t.rand(3, 21))
+    return {"x": x, "scores": scores, "k": [3, 0, 20], "prefix": 1, "fuse": "mean"}
+
+
 def _hard_scores(t: Make) -> dict[str, Any]:
     scores = t.randint(-2, 3, (4, 70)).to(t.dtype)
     scores[0] = 0.0
@@ -123,6 +139,11 @@ CASES = [
     Case("tuple", _tuple),
     Case("keep-few", _kept(20)),
     Case("keep-many", _kept(4)),
+    Case("keep-threshold", _with_keep(3, 37, 6, 1, threshold=0.7)),
+    Case("keep-threshold-fuse", _with_keep(2, 30, 9, threshold=0.9, order="score", fuse="sum")),
+    Case("keep-score-order", _with_keep(3, 33, 5, 2, k=12, order="score")),
+    Case("keep-ragged-fuse", _with_keep(3, 26, 7, 1, k=[4, 26, 0], order="score", fuse="sum")),
+    Case("tuple-ragged-fuse", _fused_pair, ("test", "no-gradcheck")),
     Case("ties-nan-inf", _hard_scores, ("test", "no-gradcheck")),
     Case("strided", _strided),
     Case("evit 128x196x768 k=137", _bench(128, 196, 768, 137), ("bench",)),
@@ -130,6 +151,63 @@ CASES = [
     Case("next 4x2880x4096 k=320", _bench(4, 2880, 4096, 320), ("bench",)),
     Case("video 1x32768x3584 k=8192", _bench(1, 32768, 3584, 8192), ("bench",)),
 ]
+
+
+def _gradient(
+    tokens: int,
+    kept: list[int],
+    channels: int,
+    prefix: int = 0,
+    fuse: str = "",
+    packed: bool = False,
+    **options: Any,
+) -> Any:
+    """The gradient of what images kept: of two tensors, the second without channels."""
+
+    def make(t: Make) -> dict[str, Any]:
+        batch, extra = len(kept), prefix + bool(fuse)
+        index = [t.permutation(tokens)[:count] for count in kept]
+        ends = torch.tensor([0, *(extra + count for count in kept)], device=t.device).cumsum(0)
+        chosen = torch.cat([ends[:0], *index])
+        rows = (int(ends[-1]),) if packed else (batch, extra + kept[0])
+        x = [t.randn(batch, prefix + tokens, channels), t.randn(batch, prefix + tokens)]
+        return {
+            "gradients": [t.randn(*rows, channels), t.randn(*rows)],
+            "index": chosen if packed else chosen.view(batch, kept[0]),
+            "offsets": ends,
+            "tensors": x if fuse else [],
+            "scores": t.rand(batch, tokens),
+            "prefix": prefix,
+            "fuse": fuse,
+        } | {name: value(t) for name, value in options.items()}
+
+    return make
+
+
+def _apart(t: Make) -> Tensor:
+    """Scores (2, 17) whose tokens lie apart."""
+    return t.rand(17, 4)[:, ::2].T
+
+
+BACKWARD_CASES = [
+    Case("dense", _gradient(19, [7, 7, 7], 21, 2)),
+    Case("packed", _gradient(24, [5, 0, 24], 6, 1, packed=True)),
+    Case("nothing-kept", _gradient(9, [0, 0], 5)),
+    Case("nothing-kept-sum", _gradient(9, [0, 0], 33, 1, "sum")),
+    Case("one-token", _gradient(1, [1, 0], 3, 1, "sum", packed=True)),
+    Case("all-kept-mean", _gradient(12, [12, 12], 4, fuse="mean")),
+    Case("sum-packed", _gradient(30, [9, 30, 0], 70, fuse="sum", packed=True)),
+    Case("mean", _gradient(17, [4, 4], 18, 1, "mean", scores=_apart)),
+    Case("no-weight-mean", _gradient(15, [3, 3], 8, 1, "mean", scores=lambda t: 0 * t.rand(2, 15))),
+    Case("no-image-sum", _gradient(6, [], 4, 1, "sum", packed=True)),
+]  # fmt: skip
+
+
+def backward_length(kwargs: dict[str, Any]) -> int:
+    """A score's gradient: a product over the channels, less the mean of those of all tokens."""
+    gradients = kwargs["gradients"]
+    return kwargs["scores"].shape[1] + gradients[0].shape[-1] if kwargs["fuse"] else 1
+
 
 BAD: list[Bad] = [
     (lambda kw: {"k": -1}, ValueError, "gather_topk: k: allowed 0"),

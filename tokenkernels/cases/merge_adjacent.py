@@ -59,6 +59,15 @@ def _hard(**options: Any) -> Any:
     return make
 
 
+def _zero_sizes(t: Make) -> dict[str, Any]:
+    """Windows whose sizes are all zero, and some: no mean, and a mean of the others."""
+    x = _alike(t, 2, (4, 6), (2, 2), 40)
+    size = t.rand(2, 24, dtype=torch.float32) + 0.5
+    size[0] = 0
+    size[1, ::2] = 0
+    return {"x": x, "grid": (4, 6), "window": (2, 2), "num_windows": 4, "size": size}
+
+
 def _strided(t: Make) -> dict[str, Any]:
     x = _alike(t, 3, (4, 7), (2, 3), 64, 1)
     x = x.transpose(0, 1).contiguous().transpose(0, 1)[:, :, 8:41]
@@ -95,6 +104,27 @@ CASES = [
         ),
         COUPLED,
     ),
+    Case(
+        "uniform-size",
+        _simple(3, (6, 7), (2, 2), 17, True, threshold=0.6, batch="uniform", prefix=2),
+        COUPLED,
+    ),
+    Case(
+        "uniform-video-similarity-size",
+        _simple(
+            2, (3, 4, 5), (2, 2, 2), 9, True, threshold=0.5, batch="uniform", order="similarity"
+        ),
+        COUPLED,
+    ),
+    Case("uniform-num-windows", _simple(2, (6, 6), (3, 2), 8, num_windows=4, batch="uniform")),
+    Case(
+        "video-similarity-size-prefix",
+        _simple(2, (4, 3, 4), (2, 1, 2), 21, True, threshold=0.6, order="similarity", prefix=3),
+    ),
+    Case(
+        "num-windows-each-size",
+        _simple(3, (23,), (2,), 13, True, num_windows=[0, 11, 4], order="similarity", prefix=2),
+    ),
     Case("num-windows", _simple(3, (8, 10), (2, 2), 20, num_windows=7, sized=True)),
     Case(
         "num-windows-similarity",
@@ -109,6 +139,7 @@ CASES = [
     Case("hard-threshold", _hard(threshold=0.0), HARD),
     Case("hard-ranked", _hard(num_windows=7, order="similarity"), HARD),
     Case("hard-all", _hard(num_windows=9), HARD),
+    Case("zero-sizes", _zero_sizes, HARD),
     Case("strided", _strided),
     Case(
         "mustdrop 8x24x24x1024 3x3", _simple(8, (24, 24), (3, 3), 1024, threshold=0.8), ("bench",)

@@ -35,6 +35,14 @@ def _hard(t: Make) -> dict[str, Any]:
     return {"x": x, "threshold": 0.5, "max_run": 5}
 
 
+def _zero_sizes(t: Make) -> dict[str, Any]:
+    """Runs whose sizes are all zero, and some: no mean, and a mean of the others."""
+    size = t.rand(2, 30, dtype=torch.float32) + 0.5
+    size[0] = 0
+    size[1, ::2] = 0
+    return {"x": _chain(t, 2, 30, 40), "threshold": 0.8, "size": size}
+
+
 def _strided(t: Make) -> dict[str, Any]:
     x = _chain(t, 3, 30, 64).reshape(3, 30, 2, 32).transpose(0, 1)[:, :, 1].transpose(0, 1)
     return {
@@ -44,6 +52,8 @@ def _strided(t: Make) -> dict[str, Any]:
         "prefix": 2,
     }
 
+
+HARD = ("test", "no-gradcheck", "no-opcheck")
 
 CASES = [
     Case("ragged", _simple(3, 50, 19)),
@@ -56,7 +66,10 @@ CASES = [
     Case("none-merge", _simple(2, 33, 40, threshold=1.1)),
     Case("one-token", _simple(3, 1, 5)),
     Case("all-prefix", _simple(2, 4, 5, prefix=4)),
-    Case("zeros-nan-flip", _hard, ("test", "no-gradcheck", "no-opcheck")),
+    Case("zeros-nan-flip", _hard, HARD),
+    Case("zero-sizes", _zero_sizes, HARD),
+    Case("padded-max-run-size", _simple(3, 40, 11, True, padded=True, max_run=3, prefix=4)),
+    Case("padded-hard", lambda t: _hard(t) | {"padded": True, "prefix": 3}, HARD),
     Case("strided", _strided),
     Case("vit 64x197x768", _simple(64, 197, 768, prefix=1), ("bench",)),
     Case("speech 8x1500x512", _simple(8, 1500, 512), ("bench",)),

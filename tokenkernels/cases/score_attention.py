@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._case import Bad, Case, Make
 
@@ -49,6 +50,39 @@ def _given_lse(t: Make) -> dict[str, Any]:
         "columns": (270, 590),
         "heads": "none",
         "reduce": ("sum", "max"),
+    }
+
+
+def _lse_of(t: Make, kwargs: dict[str, Any]) -> Tensor:
+    """The logarithm of what the rows see in all; −inf where that is nothing."""
+    query, key = kwargs["query"].double(), kwargs["key"].double()
+    rows, keys = query.shape[2], key.shape[2]
+    lengths = kwargs.get("key_lengths", torch.full((len(key),), keys, device=t.device))
+    column = torch.arange(keys, device=t.device)
+    seen = column < lengths[:, None, None]
+    if kwargs.get("causal"):
+        last = lengths[:, None] - rows + torch.arange(rows, device=t.device)
+        seen = seen & (column <= kwargs.get("query_positions", last)[..., None])
+    logits = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT
+    logits = logits * query.shape[3] ** -0.5
+    return logits.masked_fill(~seen.unsqueeze(1), -torch.inf).logsumexp(-1).float()
+
+
+def _lse_and(make: Any, **options: Any) -> Any:
+    def with_lse(t: Make) -> dict[str, Any]:
+        kwargs = make(t) | options
+        return kwargs | {"lse": _lse_of(t, kwargs)}
+
+    return with_lse
+
+
+def _weighted(t: Make) -> dict[str, Any]:
+    """One pass or two, every row with a weight, columns within the lengths and beyond."""
+    kwargs = _tokens(t, 3, 4, 2, 6, 90, 12)
+    return kwargs | {
+        "key_lengths": torch.tensor([90, 31, 64], device=t.device).int(),
+        "row_weights": t.rand(3, 6, dtype=torch.float32),
+        "columns": (20, 77),
     }
 
 
@@ -105,6 +139,12 @@ CASES = [
     Case("positions", _positioned),
     Case("padded", _padded),
     Case("lse", _given_lse),
+    Case("lse-causal", _lse_and(_simple(2, 6, 2, 9, 130, 20), causal=True, reduce=("sum", "max"))),
+    Case("lse-positions-group-pool", _lse_and(_positioned, heads="group", pool=7)),
+    Case("lse-padded-columns", _lse_and(_padded, columns=(3, 30), reduce="max")),
+    Case("lse-weights-columns", _lse_and(_weighted, heads="group", reduce=("sum", "max"))),
+    Case("weights-columns-none", lambda t: _weighted(t) | {"heads": "none", "causal": True}),
+    Case("weights-group-pool", lambda t: _weighted(t) | {"heads": "group", "pool": 3}),
     Case("unseen-nan", _unseen_nan, ("test", "no-opcheck")),
     Case("large-logits", _large_logits),
     Case("split-heads", _split_heads),
@@ -137,6 +177,12 @@ def cost(kwargs: dict[str, Any]) -> tuple[float, float]:
     moved = (query.numel() + key.numel()) * query.element_size()
     moved += 4 * results * query.shape[0] * outputs * (columns[1] - columns[0])
     return moved, 2 * query.numel() * key.shape[2]
+
+
+def launches(kwargs: dict[str, Any]) -> tuple[int, int]:
+    """The softmax unless it is given, the scores, and what joins long rows or a wide pool."""
+    joined = kwargs.get("heads") != "none" and kwargs["query"].shape[2] > 64
+    return 1 + (kwargs.get("lse") is None) + (joined or kwargs.get("pool", 1) > 63), 0
 
 
 BAD: list[Bad] = [

@@ -41,6 +41,31 @@ def _far(t: Make) -> dict[str, Any]:
     return kwargs | {"x": kwargs["x"] + 5}
 
 
+def _gradient(forward: Any, keep: bool = True) -> Any:
+    """The gradient of a call, with what the forward leaves for it; `scale` as the schema has it."""
+
+    def make(t: Make) -> dict[str, Any]:
+        k = forward(t)
+        x, g, b, w1, b1, w2 = (v.double() for v in list(k.values())[:6])
+        projected = F.linear(F.layer_norm(x, x.shape[-1:], g, b), w1, b1)
+        logits = k["scale"] * F.linear(F.gelu(projected), w2)
+        tokens = logits.softmax(1).transpose(1, 2) @ x
+        scale = k.pop("scale")
+        learned = isinstance(scale, Tensor)
+        return {
+            "grad": t.randn(*tokens.shape),
+            **k,
+            "scale_tensor": scale if learned else None,
+            "scale": 1.0 if learned else scale,
+            "eps": 1e-5,
+            "tokens": tokens.to(t.dtype),
+            "lse": logits.logsumexp(1).float(),
+            "projected": projected.float() if keep else torch.empty(0, device=t.device),
+        }
+
+    return make
+
+
 def cost(kwargs: dict[str, Any]) -> tuple[float, float]:
     x = kwargs["x"]
     slots, hidden = kwargs["w2"].shape
@@ -62,21 +87,46 @@ def gradient_length(kwargs: dict[str, Any]) -> int:
     return 4 * (length(kwargs) + slots * hidden)
 
 
-def compare(
+def formula(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    scale: Any,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The official module, in the dtype of x throughout."""
+    normal = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+    logits = scale * F.linear(F.gelu(F.linear(normal, w1, b1)), w2)
+    return torch.bmm(logits.softmax(1).transpose(1, 2), x)
+
+
+def compare_gradients(
     got: list[Tensor], want: list[Tensor], low: list[Tensor], kwargs: dict[str, Any]
 ) -> None:
-    """As for every op, but in bfloat16: no further off than the formula run in bfloat16.
-
-    Where the processor multiplies pairs of bfloat16, normalised and hidden tokens and weights are
-    rounded to it, as any model in bfloat16 rounds them.
+    """Likewise; the gradient of the scale nearly cancels: its bound is on the products in it, which
+    are rounded once, and 8 eps of float32 for the functions they come from.
     """
-    if got[0].dtype == torch.bfloat16 and got[0].numel():
-        k = {n: v for n, v in kwargs.items() if n not in ("scale", "eps")}
-        x, g, b, w1, b1, w2 = k.values()
-        normal = F.layer_norm(x, x.shape[-1:], g, b, kwargs.get("eps", 1e-5))
-        logits = kwargs["scale"] * F.linear(F.gelu(F.linear(normal, w1, b1)), w2)
-        low = [torch.bmm(logits.softmax(1).transpose(1, 2), x)]
-    close(got, want, low, length(kwargs))
+    products, rough = _gradients_of_formula(*list(kwargs.values())[:10])
+    low = rough if got[0].dtype == torch.bfloat16 else low[:6]
+    close(got[:6], want[:6], low, gradient_length(kwargs))
+    error = (got[6] - want[6]).abs().item()
+    eps = torch.finfo(got[0].dtype).eps + 8 * torch.finfo(torch.float32).eps
+    bound = eps * products.double().abs().sum().item()
+    assert error <= bound, f"gradient of the scale: error {error:.3g}, bound {bound:.3g}"
+
+
+def _gradients_of_formula(grad: Tensor, *inputs: Any) -> tuple[Tensor, list[Tensor]]:
+    """What the gradient of the scale adds up, and those of all tensors, in their own dtype."""
+    *tensors, learned, scale, eps = inputs
+    x, g, b, w1, b1, w2 = tensors = [v.detach().clone().requires_grad_() for v in tensors]
+    raw = F.linear(F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], g, b, eps), w1, b1)), w2)
+    logits = (scale if learned is None else learned.to(x.dtype)) * raw
+    out = torch.bmm(logits.softmax(1).transpose(1, 2), x)
+    of_logits, *found = torch.autograd.grad(out, [logits, *tensors], grad)
+    return (of_logits * raw).detach(), found
 
 
 CASES = [
@@ -88,9 +138,19 @@ CASES = [
     Case("patches", _patches),
     Case("far", _far, ("test", "no-opcheck")),
     Case("tiles", _shapes(2, 300, 18, 17)),
+    Case("scale-eps", _shapes(2, 9, 12, 3, eps=0.5)),
     Case("sit-s stage 1 16x196x384 M=98", _shapes(16, 196, 384, 98), ("bench",)),
     Case("sit-s stage 2 16x98x384 M=49", _shapes(16, 98, 384, 49), ("bench",)),
     Case("sit-s stage 3 16x49x384 M=24", _shapes(16, 49, 384, 24), ("bench",)),
+]
+
+BACKWARD_CASES = [
+    Case("scale-tensor", _gradient(_shapes(2, 37, 48, 11))),
+    Case("scale-number", _gradient(_shapes(3, 23, 21, 5, hidden=9, scale=-0.7))),
+    Case("two-tokens", _gradient(_shapes(2, 2, 20, 3))),
+    Case("one-slot", _gradient(_shapes(2, 30, 17, 1))),
+    Case("projected-again", _gradient(_patches, keep=False)),
+    Case("segments", _gradient(_shapes(1, 300, 18, 17))),
 ]
 
 BAD: list[Bad] = [

@@ -85,6 +85,12 @@ def shape(op: str, name: str, x: Any, *expected: int | None) -> None:
         fail(op, name, f"shape ({sizes})", _describe(x))
 
 
+def same_kind(op: str, name: str, x: Any, like: Any) -> None:
+    """x is a tensor, or an array, as `like` is."""
+    if type(getattr(x, "device", None)) is not type(like.device):
+        fail(op, name, type(like).__name__, _describe(x), TypeError)
+
+
 def same_device(op: str, name: str, x: Any, like: Any, like_name: str) -> None:
     """x lives where `like` does."""
     if x.device != like.device:
@@ -128,7 +134,7 @@ def choice(op: str, name: str, value: Any, *allowed: Any) -> None:
 
 def numbers_of_numpy(op: str, name: str, x: Any) -> None:
     """x is a NumPy array whose elements are bytes to move: neither objects nor nothing."""
-    if not hasattr(x, "__array_interface__") or x.dtype.hasobject or x.itemsize == 0:
+    if not hasattr(x, "__array_finalize__") or x.dtype.hasobject or x.itemsize == 0:
         got = type(x).__name__
         if hasattr(x, "dtype"):
             got += f" of {x.dtype}"

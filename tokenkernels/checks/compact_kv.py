@@ -26,11 +26,8 @@ def check(
         fail(OP, "order", "'stable', 'fill'", repr(order))
     if not isinstance(inplace, bool):
         fail(OP, "inplace", "a bool", repr(inplace), TypeError)
-    shapes = _layers(layers)
+    shapes = _layers(layers, backend)
     device = getattr(layers[0][0], "device", None)
-    if isinstance(device, str) is not (backend == NUMPY):
-        kind = "NumPy arrays of numbers" if backend == NUMPY else "torch tensors"
-        fail(OP, "layers", kind, type(layers[0][0]).__name__, TypeError)
     counts = _rows("index", index, shapes, device)
     if lengths is not None:
         _rows("lengths", lengths, shapes, device, entries=False)
@@ -77,14 +74,16 @@ def arrays(arrays: Sequence[Any], inplace: bool) -> None:
     for array in arrays:
         numbers_of_numpy(OP, "layers", array)
         if inplace:
-            if not array.flags.writeable:
+            flags = array.flags
+            if not flags.writeable:
                 fail(OP, "layers", "writeable arrays in place", "a read-only one")
-            in_place(array.shape, [stride // array.itemsize for stride in array.strides])
+            if not flags.c_contiguous:
+                in_place(array.shape, [stride // array.itemsize for stride in array.strides])
     if inplace:
         distinct([array.__array_interface__["data"][0] for array in arrays if array.size])
 
 
-def _layers(layers: Any) -> list[Sequence[int]]:
+def _layers(layers: Any, backend: str | None) -> list[Sequence[int]]:
     """(B, G, T, …) of every layer."""
     if not isinstance(layers, (list, tuple)) or not layers:
         fail(OP, "layers", "a list of tuples (key, value, …), at least one", type(layers).__name__)
@@ -97,12 +96,15 @@ def _layers(layers: Any) -> list[Sequence[int]]:
             fail(OP, "layers", f"{len(layers[0])} tensors in every layer", len(layer))
         first: tuple[int, ...] = getattr(layer[0], "shape", ())
         for tensor in layer:
+            here = getattr(tensor, "device", None)
+            if isinstance(here, str) is not (backend == NUMPY):
+                kind = "NumPy arrays of numbers" if backend == NUMPY else "torch tensors"
+                fail(OP, "layers", kind, type(tensor).__name__, TypeError)
             shape = getattr(tensor, "shape", ())
             if len(shape) != 4:
                 rank(OP, "layers", tensor, 4)
             if shape != first and shape[:3] != first[:3]:
                 fail(OP, "layers", f"(B, G, T) as the first of its layer {tuple(first[:3])}", shape)
-            here = getattr(tensor, "device", None)
             device = device or here
             if here != device:
                 fail(OP, "layers", f"one device ({device})", here)
@@ -124,8 +126,7 @@ def _rows(
     for layer, one in enumerate(listed):
         if DTYPES.get(getattr(one, "dtype", None)) not in INTEGERS:
             dtype(OP, name, one, INTEGERS)
-        if getattr(one, "device", None) != device:
-            fail(OP, name, f"the device of layers ({device})", one.device)
+        _same_device(name, one, device)
         shape = one.shape
         leading = len(shape) - entries
         if not 0 <= leading <= 2:
@@ -136,6 +137,14 @@ def _rows(
                     _refuse_rows(name, shape, whole, entries)
         counts.append(shape[-1] if entries else 1)
     return counts
+
+
+def _same_device(name: str, x: Any, device: Any) -> None:
+    here = getattr(x, "device", None)
+    if here != device:
+        error = ValueError if type(here) is type(device) else TypeError
+        got = here if error is ValueError else type(x).__name__
+        fail(OP, name, f"the device of layers ({device})", got, error)
 
 
 def _refuse_rows(name: str, shape: Any, whole: Sequence[int], entries: bool) -> None:
@@ -156,9 +165,8 @@ def _rope(
         fail(OP, "rope", "(inv_freq, old_positions, new_positions)", type(rope).__name__)
     frequencies, *positions = rope
     dtype(OP, "rope", frequencies, FREQUENCIES)
+    _same_device("rope", frequencies, device)
     rank(OP, "rope", frequencies, 1)
-    if getattr(frequencies, "device", None) != device:
-        fail(OP, "rope", f"the device of layers ({device})", frequencies.device)
     key = layers[0][0]
     floating(OP, "layers", key, backend)
     for layer in layers:

@@ -5,7 +5,19 @@ from __future__ import annotations
 from numbers import Integral
 from typing import Any
 
-from . import NUMPY, choice, dtype, fail, floating, integer, number, rank, same_device, shape
+from . import (
+    NUMPY,
+    choice,
+    dtype,
+    fail,
+    floating,
+    integer,
+    number,
+    rank,
+    same_device,
+    same_kind,
+    shape,
+)
 
 OP = "gather_topk"
 
@@ -31,6 +43,7 @@ def gather_topk(
     if not 1 <= len(tensors) <= 16:
         fail(OP, "x", "1 … 16 tensors", len(tensors))
     for x in tensors:
+        same_kind(OP, "x", x, scores)
         rank(OP, "x", x, 2, 3)
         if x.shape[0] != batch or x.shape[1] != prefix + tokens:
             fail(

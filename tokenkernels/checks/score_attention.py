@@ -15,6 +15,7 @@ from . import (
     rank,
     same_device,
     same_dtype,
+    same_kind,
     shape,
 )
 
@@ -43,6 +44,7 @@ def score_attention(
     """
     floating(OP, "query", query, backend)
     rank(OP, "query", query, 4)
+    same_kind(OP, "key", key, query)
     rank(OP, "key", key, 4)
     same_dtype(OP, "key", key, query, "query")
     same_device(OP, "key", key, query, "query")
@@ -89,6 +91,7 @@ def score_attention(
 
 
 def _companion(name: str, x: Any, query: Any, dtypes: tuple[str, ...], *sizes: int) -> None:
+    same_kind(OP, name, x, query)
     dtype(OP, name, x, dtypes)
     shape(OP, name, x, *sizes)
     same_device(OP, name, x, query, "query")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import NUMPY, fail, floating, number, rank, same_device, same_dtype, shape
+from . import NUMPY, fail, floating, number, rank, same_device, same_dtype, same_kind, shape
 
 OP = "slim_tokens"
 NAMES = ("norm_weight", "norm_bias", "w1", "b1", "w2")
@@ -17,8 +17,9 @@ def slim_tokens(
     x, *weights = tensors
     floating(OP, "x", x, backend)
     rank(OP, "x", x, 3)
-    rank(OP, "w1", weights[2], 2)
-    rank(OP, "w2", weights[4], 2)
+    for name, weight in (("w1", weights[2]), ("w2", weights[4])):
+        same_kind(OP, name, weight, x)
+        rank(OP, name, weight, 2)
     channels, hidden, slots = x.shape[2], weights[2].shape[0], weights[4].shape[0]
     if x.shape[1] < 1 or channels < 1:
         fail(OP, "x", "at least one token and one channel", f"shape {tuple(x.shape)}")

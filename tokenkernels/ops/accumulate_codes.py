@@ -94,4 +94,5 @@ OP = Op(
     bad=cases.BAD,
     cost=cases.cost,
     length=lambda kwargs: kwargs["index"].numel(),
+    launches=lambda kwargs: (4, 0),
 )

@@ -139,6 +139,7 @@ BACKWARD = Op(
     fake=_backward_fake,
     cases=cases.BACKWARD_CASES,
     length=cases.length,
+    launches=lambda kwargs: (1, 0),
 )
 
 OP = Op(
@@ -154,4 +155,5 @@ OP = Op(
     backward=_backward,
     setup_context=_setup_context,
     batch=("logits", "value", "mask"),
+    launches=lambda kwargs: (1 if kwargs["value"].shape[1] < 1024 else 2, 1),
 )

@@ -275,6 +275,7 @@ BACKWARD = Op(
     fake=_backward_fake,
     cases=cases.BACKWARD_CASES,
     length=lambda kwargs: 4 * cases.length(kwargs),
+    launches=lambda kwargs: (3, 0),
 )
 
 OP = Op(
@@ -291,4 +292,5 @@ OP = Op(
     backward=_backward,
     setup_context=_setup_context,
     batch=("key", "value", "bias", "mask"),
+    launches=lambda kwargs: (1 if kwargs["key"].shape[1] <= 64 else 2, 3),
 )

@@ -230,7 +230,7 @@ def _backward_reference(
     batch, tokens = scores.shape
     wide = torch.promote_types(gradients[0].dtype if gradients else scores.dtype, torch.float32)
     weights = scores.to(wide)
-    scores_grad = torch.zeros_like(weights) if fuse else weights.new_zeros(0, 0)
+    scores_grad = weights.new_zeros(batch, tokens) if fuse else weights.new_zeros(0, 0)
     starts = offsets.tolist()
     extra = prefix + bool(fuse)
     packed = index.reshape(-1)
@@ -284,7 +284,8 @@ BACKWARD = Op(
     "Tensor[] tensors, Tensor scores, SymInt prefix, str fuse) -> (Tensor[], Tensor)",
     reference=_backward_reference,
     fake=_backward_fake,
-    cases=[],
+    cases=cases.BACKWARD_CASES,
+    length=cases.backward_length,
     launches=lambda kwargs: (2 if kwargs["fuse"] else 1, 0),
 )
 

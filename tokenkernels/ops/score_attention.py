@@ -235,4 +235,5 @@ OP = Op(
     cost=cases.cost,
     length=lambda kwargs: max(kwargs["query"].shape[2:] + kwargs["key"].shape[2:]),
     batch=("query", "key", "query_positions", "key_lengths", "lse", "row_weights"),
+    launches=cases.launches,
 )

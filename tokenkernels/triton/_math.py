@@ -11,21 +11,25 @@ INTERPRETED = tl.constexpr(_INTERPRETED)
 
 
 @triton.jit
-def dot(a, b, acc):
-    """acc + a·b in float32; operands keep their dtype on a GPU, and float32 is multiplied exactly.
+def dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
+    """acc + a·b in float32; operands keep their dtype on a GPU, and float32 is multiplied exactly
+    unless PRECISION says otherwise.
 
-    Where numpy stands in for a GPU they are widened, after rounding to that dtype.
+    Where numpy stands in for a GPU they are widened, after rounding to that dtype: to float64, as
+    the order of its float32 sums changes with the blocks.
     """
     if INTERPRETED:
-        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision="ieee")
+        wide = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
+        return acc + wide.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
 def narrow(value, dtype: tl.constexpr):
-    """`value` in this dtype, rounded to nearest even."""
+    """`value` in `dtype`, rounded to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
-        bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+        value = value.to(tl.float32)
+        bits = value.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
     return value.to(dtype)

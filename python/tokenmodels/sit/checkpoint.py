@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor
 
@@ -26,7 +27,7 @@ _RENAMES = (
 _UNUSED = re.compile(r"^rtsm\.|^aux_head\.|^tsm\.\d+\.weight\.3\.bias$")
 
 
-def from_official(state_dict: Mapping[str, Tensor], *, config: SiTConfig | None = None) -> SiT:
+def from_official(state_dict: Mapping[str, Any], *, config: SiTConfig | None = None) -> SiT:
     """Builds a SiT, or a dense teacher, from an official state dict.
 
     Args:

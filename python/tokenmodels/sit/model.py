@@ -73,9 +73,11 @@ class Stem(nn.Module):
     def fold(self) -> None:
         """Moves every batch norm's running statistics into the convolution before it."""
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
             self.convs[i] = torch.nn.utils.fuse_conv_bn_eval(conv, norm)
             self.norms[i] = nn.Identity()
-        self.to(memory_format=torch.channels_last)  # then the tokens are rows without a copy
+        # Then the tokens are rows without a copy.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class Attention(nn.Module):
@@ -196,8 +198,10 @@ class SiT(nn.Module):
         folded = copy.deepcopy(self).eval().requires_grad_(False)
         folded.stem.fold()
         for block in folded.blocks:
+            assert isinstance(block, Block)
             block.fold()
         for slim in folded.slims:
+            assert isinstance(slim, SlimTokens)
             slim.fc2.weight.mul_(slim.logit_scale)
             slim.logit_scale.fill_(1.0)
         return folded
