@@ -88,8 +88,8 @@ def test_every_kernel_compiles_ahead_of_time_without_spills() -> None:
 
 LANGUAGE = """
     abs advance arange associative_scan atomic_add atomic_cas atomic_xchg bfloat16 broadcast_to
-    cast cdiv constexpr cumsum debug_barrier dot exp exp2 expand_dims float16 float32 flip full
-    gather histogram int1 int16 int32 int64 int8 join load log log2 max maximum max_contiguous
+    cast cdiv constexpr cumsum debug_barrier dot exp exp2 expand_dims float16 float32 float64 flip
+    full gather histogram int1 int16 int32 int64 int8 join load log log2 max maximum max_contiguous
     min minimum multiple_of num_programs permute pointer_type program_id range reduce reshape
     sigmoid sort split sqrt static_assert static_range store sum tensor topk trans uint16 uint32
     uint64 uint8 view where xor_sum zeros zeros_like erf fma rsqrt floor math cos sin

@@ -210,7 +210,8 @@ def cost(kwargs: dict[str, Any]) -> tuple[float, float]:
 
 def launches(kwargs: dict[str, Any]) -> tuple[int, int]:
     """One that moves, and one for every 256 integers of the table it reads: 3 for a tensor, 8 for
-    those of one shape and layout, 5 for each list of integers, and for each index 5 more.
+    those of one shape and layout, 5 for each list of integers, and for each index 5 more. Integers
+    of 32 bits that share a list with others of 64 are copied.
     """
     index, layers = kwargs["index"], kwargs["layers"]
     indices = [index] if isinstance(index, Tensor) else index
@@ -222,8 +223,10 @@ def launches(kwargs: dict[str, Any]) -> tuple[int, int]:
     }
     lists = [index, index, kwargs.get("lengths"), *(kwargs.get("rope") or ())[1:]]
     rows = sum(1 if isinstance(one, Tensor) else len(one or ()) for one in lists)
+    narrow = [[t.dtype == torch.int32 for t in one] for one in lists[1:] if isinstance(one, list)]
+    copies = sum(sum(one) for one in narrow if not all(one))
     integers = 3 * sum(len(layer) for layer in layers) + 8 * len(kinds) + 5 * rows
-    return 1 + -(-integers // 256), 0
+    return 1 + -(-integers // 256) + copies, 0
 
 
 def _first_index(kwargs: dict[str, Any], value: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -85,7 +86,7 @@ class Layout:
         return place
 
 
-def alike(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], tl.dtype | None]:
+def alike(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
     """Integers of one dtype: of both, the narrow ones are copied."""
     if not rows:
         return rows, None
