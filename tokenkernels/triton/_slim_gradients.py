@@ -153,11 +153,11 @@ def lower(
     here = token < tokens
     row = image * tokens + token
     logits_rows = logits_ptr + row * width_stride
-    change = settle(
+    scale_change = settle(
         logits_rows, weights_ptr + row * width_stride, sums_ptr, image, index, here,
         chosen(scale_ptr, scale), slots, tiles, places, width_stride, TILES, SLOTS,
     )  # fmt: skip
-    tl.store(change_ptr + program, change)
+    tl.store(change_ptr + program, scale_change)
     tl.debug_barrier()  # what follows reads logits that other threads wrote
     projected = projected_ptr + image * projected_image_stride
     projected += token.to(tl.int64) * projected_stride

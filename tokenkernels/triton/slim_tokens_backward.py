@@ -34,7 +34,8 @@ SPREAD = Table(
     [
         Entry(Config({"TOKENS": 64, "SLOTS": 32, "WIDTH": 64}, 4, 3), width=32, bytes=(2,)),
         Entry(Config({"TOKENS": 64, "SLOTS": 64, "WIDTH": 64}, 4, 3), width=64, bytes=(2,)),
-        Entry(Config({"TOKENS": 64, "SLOTS": 128, "WIDTH": 64}, 8, 3), bytes=(2,)),
+        Entry(Config({"TOKENS": 64, "SLOTS": 128, "WIDTH": 64}, 8, 3), bytes=(2,), capability=90),
+        Entry(Config({"TOKENS": 64, "SLOTS": 64, "WIDTH": 32}, 8, 3), bytes=(2,)),
         Entry(Config({"TOKENS": 64, "SLOTS": 32, "WIDTH": 32}, 4, 2)),
     ]
 )
@@ -54,7 +55,8 @@ RESIST = Table(
 )
 COLLECT = Table(
     [
-        Entry(Config({"ROWS": 64, "LEFT": 64, "RIGHT": 128}, 8, 3), bytes=(2,)),
+        Entry(Config({"ROWS": 64, "LEFT": 64, "RIGHT": 128}, 8, 3), bytes=(2,), capability=90),
+        Entry(Config({"ROWS": 32, "LEFT": 64, "RIGHT": 64}, 4, 3), bytes=(2,)),
         Entry(Config({"ROWS": 32, "LEFT": 32, "RIGHT": 64}, 4, 2)),
     ]
 )
