@@ -14,6 +14,7 @@ are made in up to 16 splits of the tokens, which the last launch adds.
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tokenkernels.triton._launch import (
     Config,
@@ -112,6 +113,10 @@ def slim_tokens_backward(
         for t in (x, norm_weight, norm_bias, w1, b1, w2)
     )
     scale_grad = torch.empty((), dtype=torch.float32, device=x.device)
+    if projected.ndim < 3:  # forward did not keep it
+        norm = (norm_weight.float(), norm_bias.float())
+        normal = functional.layer_norm(x.float(), (channels,), *norm, eps)
+        projected = functional.linear(normal, w1.float(), b1.float())
     grad, x, w1, w2, tokens, projected = map(aligned, (grad, x, w1, w2, tokens, projected))
     gamma, beta, b1 = aligned(norm_weight), aligned(norm_bias), aligned(b1)
     lse = lse.contiguous()
