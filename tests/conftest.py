@@ -36,14 +36,29 @@ def native() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--op", help="of the registry's tests only those of this op")
+    parser.addoption(
+        "--triton",
+        choices=("short", "all"),
+        default="all" if torch.cuda.is_available() else "short",
+        help="short: of Triton, interpreted, what is computed in every dtype, and gradients",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    wanted = config.getoption("--op")
-    if wanted:
-        items[:] = [i for i in items if _op_of(i) in (None, wanted)]
+    wanted, short = config.getoption("--op"), config.getoption("--triton") == "short"
+    items[:] = [
+        item
+        for item in items
+        if not (wanted and _parameter(item, "op", wanted) != wanted)
+        and not (short and _parameter(item, "backend", "") == "triton" and _is_long(item))
+    ]
 
 
-def _op_of(item: pytest.Item) -> str | None:
-    parameters = getattr(item, "callspec", None)
-    return getattr(parameters and parameters.params.get("op"), "name", None)
+def _is_long(item: pytest.Item) -> bool:
+    """The interpreter takes a hundred times as long as a GPU."""
+    return not item.name.startswith(("test_truth", "test_gradient[", "test_errors"))
+
+
+def _parameter(item: pytest.Item, name: str, default: str) -> str:
+    value = getattr(getattr(item, "callspec", None), "params", {}).get(name, default)
+    return str(getattr(value, "name", value))
