@@ -60,7 +60,13 @@ def test_a_table_has_an_answer_to_every_call(name: str, capability: int) -> None
 
 SPILLS = {
     "_codes:prepare": (144, "centre of 16-bit codes: once per call, on few programs"),
-    "assign_residual:chain_wide": (120, "sm_100 only: the rows of a chain stay in registers"),
+    "assign_residual:chain_wide": (120, "sm_100: the rows of a chain stay in registers"),
+    "_slim_gradients:spread": (112, "sm_80, bfloat16"),
+    "_aggregate_backward:by_token": (24, "sm_100, bfloat16"),
+    "gather_topk:gather": (16, "sm_80, float32"),
+    "accumulate_codes:add": (8, "sm_80, float32"),
+    "merge_runs:merge": (32, "sm_80, and a narrow shape of no bench case on sm_100"),
+    "merge_adjacent:merge": (8, "sm_100, a shape of no bench case"),
 }
 """Kernel → the bytes it may spill, and why."""
 

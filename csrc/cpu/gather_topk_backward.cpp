@@ -100,7 +100,8 @@ void scatter(const GatherTopkBackward& p, const GatherTopkBackward::Tensor& tens
   const int64_t channels = tensor.channels, bytes = channels * static_cast<int64_t>(sizeof(T));
   const T* from = static_cast<const T*>(tensor.from) + p.offsets[image] * channels;
   T* to = static_cast<T*>(tensor.to) + image * (p.prefix + p.tokens) * channels;
-  const T* fused = static_cast<const T*>(tensor.from) + (p.offsets[image + 1] - 1) * channels;
+  const int64_t fused_row = p.fuse == Fuse::kNone ? 0 : p.offsets[image + 1] - 1;
+  const T* fused = static_cast<const T*>(tensor.from) + fused_row * channels;
   const float weight = p.fuse == Fuse::kMean ? dropped_weight(p, image, place) : 1;
   const float inverse = weight != 0 ? 1 / weight : 1;
   for (int64_t at = first; at < last; ++at) {

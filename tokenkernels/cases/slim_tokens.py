@@ -81,6 +81,12 @@ def length(kwargs: dict[str, Any]) -> int:
     return tokens + 2 * channels + hidden
 
 
+def backward_launches(kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Six; projecting again, and casting what would be rounded too much, come on top."""
+    half = kwargs["x"].dtype != torch.float32
+    return 6 + 8 * (kwargs["projected"].ndim < 3) + 14 * half, 0
+
+
 def gradient_length(kwargs: dict[str, Any]) -> int:
     """The longest is the scale's, over slots and hidden channels, and it nearly cancels."""
     slots, hidden = kwargs["w2"].shape

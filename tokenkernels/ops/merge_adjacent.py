@@ -55,7 +55,7 @@ def merge_adjacent(
         num_windows: Instead of threshold: the so many windows of highest S merge; a sequence of B
             ints (or an int tensor (B)) per image.
         size: (B, P+N) float32, how many tokens each one stands for; 1 if not given. Where the
-            sizes that merge add up to 0, the mean is NaN.
+            sizes that merge are all 0, the mean is NaN.
         prefix: P, leading tokens (class token, registers) that pass through.
         order: "raster": a merged token stands where the first token of its window stood, so spatial
             order survives. "similarity": merged tokens first, the most similar first, then the

@@ -44,7 +44,7 @@ def merge_runs(
         threshold: Least cosine of neighbours that merge, −1 … 1.
         max_run: Most tokens of a run, at least 1.
         size: (B, P+N) float32, how many tokens each one stands for; 1 if not given. Where the
-            sizes that merge add up to 0, the mean is NaN.
+            sizes that merge are all 0, the mean is NaN.
         prefix: P, leading tokens (class token, registers) that pass through; the token behind them
             begins a run.
         padded: Outputs of the input's length, zeros behind the last run of every image, so that

@@ -229,7 +229,7 @@ BACKWARD = Op(
     cases=cases.BACKWARD_CASES,
     length=cases.gradient_length,
     compare=cases.compare_gradients,
-    launches=lambda kwargs: (6 if kwargs["projected"].ndim == 3 else 14, 0),
+    launches=cases.backward_launches,
 )
 
 OP = Op(

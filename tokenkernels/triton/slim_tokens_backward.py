@@ -63,6 +63,7 @@ COLLECT = Table(
 )
 FINISH = Table([Entry(Config({"SPLITS": 16, "HIDDEN": 16, "CHANNELS": 16, "NUMBERS": 256}))])
 
+FEW = 16
 SPLIT = 128
 """Tokens that are at least summed apart."""
 
@@ -106,8 +107,20 @@ def slim_tokens_backward(
     lse: Tensor,
     projected: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, both weights of the norm, w1, b1, w2, and the scale."""
+    """Gradients of x, both weights of the norm, w1, b1, w2, and the scale.
+
+    Operands rounded to float16, or averaged over few slots, would be too far off: those are widened
+    first.
+    """
     (images, length, channels), (slots, hidden) = x.shape, w2.shape
+    if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and slots < FEW):
+        given = (x, norm_weight, norm_bias, w1, b1, w2)
+        x, norm_weight, norm_bias, w1, b1, w2 = (t.float() for t in given)
+        found = slim_tokens_backward(
+            grad.float(), x, norm_weight, norm_bias, w1, b1, w2,
+            scale_tensor, scale, eps, tokens.float(), lse, projected,
+        )  # fmt: skip
+        return *(g.to(t.dtype) for g, t in zip(found, given, strict=False)), found[-1]
     results = tuple(
         torch.empty(t.shape, dtype=t.dtype, device=t.device)
         for t in (x, norm_weight, norm_bias, w1, b1, w2)
