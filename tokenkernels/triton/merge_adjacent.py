@@ -30,7 +30,7 @@ from tokenkernels.triton._launch import (
     launch,
     to_host,
 )
-from tokenkernels.triton._math import store
+from tokenkernels.triton._math import at_run_time, store
 from tokenkernels.triton._merge import tile, tile_of, whole
 from tokenkernels.triton._windows import (
     count_merging,
@@ -67,6 +67,8 @@ def measure(
     """
     program = tl.program_id(0)
     image, share = (program // programs).to(tl.int64), program % programs
+    grid, window = at_run_time(grid), at_run_time(window)
+    steps, along = at_run_time(steps), at_run_time(along)
     windows, members = along[0], steps[0]
     x = x_ptr + image * image_stride
     found = tl.full((ROWS,), 0, tl.int32)
@@ -127,6 +129,8 @@ def merge(
     """Program `share` of `programs` of an image: decide, place its units, write their rows."""
     program = tl.program_id(0)
     image, share = (program // programs).to(tl.int64), program % programs
+    grid, window, cells = at_run_time(grid), at_run_time(window), at_run_time(cells)
+    steps, along = at_run_time(steps), at_run_time(along)
     windows, members = along[0], steps[0]
     if UNIFORM:
         k = fewest(counts_ptr, images, windows, shares, 32, 64)
