@@ -24,7 +24,8 @@ INSTRUCTION_SETS = (
 if INSTRUCTION_SETS:
     _native.set_instruction_set(INSTRUCTION_SETS[0])
 BEST = INSTRUCTION_SETS[:1]
-NATIVE = ["native"] if DEVICE == "cuda" else [f"native-{s}" for s in INSTRUCTION_SETS]
+HERE = ["native"] * any(op.why_not("native", DEVICE) is None for op in OPS.values())
+NATIVE = HERE if DEVICE == "cuda" else [f"native-{s}" for s in INSTRUCTION_SETS]
 BACKENDS = NATIVE + ["triton"] * any(op.why_not("triton", DEVICE) is None for op in OPS.values())
 MAIN = [b for b in BACKENDS if b in ("native", "triton", *(f"native-{s}" for s in BEST))]
 

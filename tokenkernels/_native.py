@@ -38,4 +38,6 @@ def set_instruction_set(name: str) -> bool:
 
 def poison(on: bool) -> None:
     """Fills what kernels borrow with NaN before they get it, for tests."""
+    if WHY_NOT:
+        return
     ctypes.CDLL(str(PATH)).tokenkernels_poison(int(on))

@@ -295,17 +295,21 @@ BAD: list[Bad] = [
     (lambda kw: {"order": "random"}, ValueError, "compact_kv: order: allowed 'stable', 'fill'"),
     (lambda kw: {"inplace": 1}, TypeError, "compact_kv: inplace: allowed a bool"),
     (
-        lambda kw: {"rope": (torch.ones(7), kw["index"], kw["index"])},
+        lambda kw: {"rope": (torch.ones(7, device=kw["index"].device), kw["index"], kw["index"])},
         ValueError,
         "compact_kv: rope: allowed D / 2 = 8",
     ),
     (
-        lambda kw: {"rope": (torch.ones(8), kw["index"], kw["index"][:, 1:])},
+        lambda kw: {
+            "rope": (torch.ones(8, device=kw["index"].device), kw["index"], kw["index"][:, 1:])
+        },
         ValueError,
         "compact_kv: rope: allowed one pos",
     ),
     (
-        lambda kw: {"rope": (torch.ones(8), kw["index"], kw["index"] + 2**31)},
+        lambda kw: {
+            "rope": (torch.ones(8, device=kw["index"].device), kw["index"], kw["index"] + 2**31)
+        },
         ValueError,
         "positions of 32 bits",
     ),
@@ -316,7 +320,7 @@ BAD: list[Bad] = [
     ),
     (
         lambda kw: {
-            "rope": (torch.ones(8), kw["index"], kw["index"]),
+            "rope": (torch.ones(8, device=kw["index"].device), kw["index"], kw["index"]),
             "layers": [tuple(t.double() for t in kw["layers"][0])],
         },
         TypeError,

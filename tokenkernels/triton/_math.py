@@ -11,9 +11,15 @@ INTERPRETED = tl.constexpr(_INTERPRETED)
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
-    """acc + a·b in float32; operands keep their dtype on a GPU, and float32 is multiplied exactly
-    unless PRECISION says otherwise.
+def dot(a, b, acc):
+    """acc + a·b in float32, products of float32 exact."""
+    return dot_as(a, b, acc, "ieee")
+
+
+@triton.jit
+def dot_as(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a·b in float32; operands keep their dtype on a GPU, and float32 is multiplied as
+    PRECISION says.
 
     Where numpy stands in for a GPU they are widened, after rounding to that dtype: to float64, as
     the order of its float32 sums changes with the blocks.

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from tokenkernels.triton._launch import Kernel
-from tokenkernels.triton._math import dot
+from tokenkernels.triton._math import dot_as
 from tokenkernels.triton._score_measure import statistics
 from tokenkernels.triton._score_tiles import (
     LOG2E,
@@ -49,7 +49,7 @@ def tile_of(
         if not KEPT:
             key_tile = chunk(source, known, dim_stride, 0, DIM)
         empty = tl.zeros((KEYS, head.shape[0]), tl.float32)
-        logits = dot(key_tile, tl.trans(query), empty, PRECISION)
+        logits = dot_as(key_tile, tl.trans(query), empty, PRECISION)
     else:
         logits = products(
             source, known, at, here, dim_stride, KEYS, head.shape[0], DIM, PRECISION

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from tokenkernels.triton._launch import Kernel
-from tokenkernels.triton._math import dot
+from tokenkernels.triton._math import dot_as
 from tokenkernels.triton._score_tiles import (
     chunk,
     least_seen,
@@ -68,7 +68,7 @@ def measure(
         if WHOLE:
             key = chunk(key_at, number < last, dim_stride, 0, DIM)
             empty = tl.zeros((HEADS * ROWS, KEYS), tl.float32)
-            logits = dot(query, tl.trans(key), empty, PRECISION)
+            logits = dot_as(query, tl.trans(key), empty, PRECISION)
         else:
             logits = products(
                 at, here, key_at, number < last, dim_stride, HEADS * ROWS, KEYS, DIM, PRECISION

@@ -8,7 +8,7 @@ whole group.
 import triton
 import triton.language as tl
 
-from tokenkernels.triton._math import dot
+from tokenkernels.triton._math import dot_as
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -82,7 +82,7 @@ def products(
     for first in range(0, dim_stride, DIM):
         a = chunk(left, left_here, dim_stride, first, DIM)
         b = chunk(right, right_here, dim_stride, first, DIM)
-        sums = dot(a, tl.trans(b), sums, PRECISION)
+        sums = dot_as(a, tl.trans(b), sums, PRECISION)
     return sums
 
 
