@@ -122,8 +122,11 @@ void aggregate(const AggregateSoft& p, const Plan& plan, const Worker& worker, c
   if (kept) normalise(p, plan, worker, slots, kept);
 }
 
+TK_INLINE int64_t products_of(const AggregateSoft& p) { return p.B * p.M * p.N * (p.E + p.C); }
+
 template <class T, bool Given>
-void run(const AggregateSoft& p, const Pool& pool) {
+void run(const AggregateSoft& p, const Pool& all) {
+  const Pool pool{all.run, threads_for(all.threads, products_of(p))};
   const Plan plan(p, pool.threads);
   const float scale = p.scale_tensor ? *p.scale_tensor : p.scale;
   const bool shared = p.query.batch_stride == 0;
@@ -155,7 +158,7 @@ void run(const AggregateSoft& p, const Pool& pool) {
 }
 
 int64_t forward_scratch(const AggregateSoft& p, int threads) {
-  const Plan plan(p, threads);
+  const Plan plan(p, threads_for(threads, products_of(p)));
   Arena shared{0}, own{0};
   shared.floats(p.query.batch_stride == 0 ? packed_size(p.E, p.M) : 0);
   worker_scratch(p, plan, &own);

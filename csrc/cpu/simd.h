@@ -251,6 +251,11 @@ TK_INLINE int64_t grain_of(int64_t cost) {
   return larger<int64_t>(1, (1 << 18) / larger<int64_t>(1, cost));
 }
 
+// Threads for so many multiply-adds: one where waking others costs more than they save.
+TK_INLINE int threads_for(int threads, int64_t products) {
+  return products < (1 << 19) ? 1 : threads;
+}
+
 // Runs body(begin, end) over [0, count) on the binding's threads.
 template <class Body>
 TK_INLINE void parallel_for(const Pool& pool, int64_t count, int64_t grain, const Body& body) {

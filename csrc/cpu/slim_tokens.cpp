@@ -215,10 +215,16 @@ Scratch take_scratch(const SlimTokens& p, const Plan& plan, Arena& arena) {
   return {weights, tiles, arena.bytes((plan.by_image ? plan.workers : 1) * plan.image_bytes)};
 }
 
+TK_INLINE int64_t products_of(const SlimTokens& p) {
+  const int64_t widths = p.channels * p.hidden + p.hidden * p.slots + p.slots * p.channels;
+  return p.batch * p.tokens * widths;
+}
+
 }  // namespace
 
-Status slim_tokens(const SlimTokens& p, const Pool& pool) {
+Status slim_tokens(const SlimTokens& p, const Pool& all) {
   if (p.batch == 0) return Status::kOk;
+  const Pool pool{all.run, threads_for(all.threads, products_of(p))};
   const Plan plan = plan_for(p, pool.threads);
   Arena arena{static_cast<char*>(p.scratch)};
   const Scratch scratch = take_scratch(p, plan, arena);
@@ -239,7 +245,7 @@ Status slim_tokens(const SlimTokens& p, const Pool& pool) {
 
 int64_t slim_tokens_scratch(const SlimTokens& p, int threads) {
   Arena arena{nullptr};
-  take_scratch(p, plan_for(p, threads), arena);
+  take_scratch(p, plan_for(p, threads_for(threads, products_of(p))), arena);
   return arena.used;
 }
 
