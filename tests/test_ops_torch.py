@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import library
 from torch.utils._pytree import tree_map
 from trial import (
     DEVICE,
@@ -49,7 +50,7 @@ def test_registration(op: Op, case: Case, backend: str) -> None:
         "test_aot_dispatch_dynamic",
     )
     for _, overload, args in calls:
-        torch.library.opcheck(overload, args, test_utils=tests if DEVICE == "cpu" else tests[:3])
+        library.opcheck(overload, args, test_utils=tests if DEVICE == "cpu" else tests[:3])
 
 
 class _Whole(torch.nn.Module):

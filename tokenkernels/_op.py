@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import library
 from torch.utils._pytree import tree_map
 
 from . import _native, checks
@@ -21,7 +22,7 @@ from ._case import Bad, Case, Make, close, no_worse
 
 __all__ = ["OPS", "Case", "Make", "Op", "autocast", "close", "tensors_in"]
 
-LIB = torch.library.Library("tokenkernels", "DEF")
+LIB = library.Library("tokenkernels", "DEF")
 # CUDA only: doctor asks it whether the GPU code of this build runs.
 LIB.define("fill(Tensor x, float value) -> Tensor")
 OPS: dict[str, Op] = {}
@@ -106,9 +107,9 @@ class Op:
     def _define(self, kind: str, name: str, arguments: str) -> None:
         LIB.define(name + arguments)
         qualified = f"tokenkernels::{name}"
-        torch.library.register_fake(qualified, self.fake, lib=LIB)
+        library.register_fake(qualified, self.fake, lib=LIB)
         if self.backward is not None:
-            torch.library.register_autograd(
+            library.register_autograd(
                 qualified,
                 partial(_differentiate_once, self, partial(_run, kind)),
                 setup_context=self.setup_context,

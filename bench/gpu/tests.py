@@ -53,7 +53,7 @@ def _state(op: str) -> str:
 
 
 def _started(op: str, folder: Path, dry: bool) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "pytest", *FILES, "-q", "-x" if dry else "--maxfail=25"]
+    command = [sys.executable, "-m", "pytest", *FILES, "-q", *["-x"] * dry]
     command += ["--op", op, f"--junitxml={folder / op}.xml", "-p", "no:cacheprovider", "-rN"]
     command += ["-k", DRY_WORDS] if dry else []
     with open(folder / f"{op}.log", "wb") as log:

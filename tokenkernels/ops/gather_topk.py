@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .._op import Op, autocast
 from ..cases import gather_topk as cases
@@ -191,7 +191,7 @@ def _fake(
     if threshold is None and not ragged:
         outputs = [x.new_empty((batch, extra + k[0], *x.shape[2:])) for x in tensors]
         return outputs, scores.new_empty((batch, k[0]), dtype=torch.int64), offsets
-    chosen = sum(k) if ragged else torch.library.get_ctx().new_dynamic_size()
+    chosen = sum(k) if ragged else library.get_ctx().new_dynamic_size()
     outputs = [x.new_empty((chosen + batch * extra, *x.shape[2:])) for x in tensors]
     return outputs, scores.new_empty(chosen, dtype=torch.int64), offsets
 

@@ -7,7 +7,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .._case import close
 from .._op import Op, autocast
@@ -205,7 +205,7 @@ def _fake(
     saved = prod(window) - 1
     rows: Any
     if counts is None:
-        rows = torch.library.get_ctx().new_dynamic_size()
+        rows = library.get_ctx().new_dynamic_size()
     else:
         rows = length - counts[0] * saved if dense else batch * length - sum(counts) * saved
     shape = (batch, rows) if dense else (rows,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .._op import Op, autocast
 from ..cases import merge_runs as cases
@@ -104,7 +104,7 @@ def _fake(
     x: Tensor, threshold: float, max_run: int, size: Tensor | None, prefix: int, padded: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length, channels = x.shape
-    rows = (batch, length) if padded else (torch.library.get_ctx().new_dynamic_size(),)
+    rows = (batch, length) if padded else (library.get_ctx().new_dynamic_size(),)
     index = x.new_empty((batch, length), dtype=torch.int64)
     offsets = x.new_empty(batch + 1, dtype=torch.int64)
     return x.new_empty((*rows, channels)), x.new_empty(rows, dtype=torch.float32), index, offsets

@@ -63,7 +63,8 @@ class Kernel:
     """A Triton function compiled in two ways: for rows known to be aligned, and for any.
 
     Integers are run-time values that never compile anew; only of those whose names end in
-    `_stride` Triton learns whether 16 divides them.
+    `_stride` Triton learns whether 16 divides them. In a tuple Triton looks at integers whatever it
+    is told, and compiles a 1 in: `_math.at_run_time` takes it out again.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
