@@ -13,8 +13,8 @@ using Index = CompactKv::Index;
 constexpr int64_t kChunkBytes = 1 << 16;
 // Below this a second thread costs more than it saves.
 constexpr int64_t kGrainBytes = 1 << 18;
-// How far ahead of the copy rows are asked for, into the second cache and into the first.
-constexpr int64_t kFarBytes = 1 << 14, kNearBytes = 1 << 11;
+// How far ahead of the copy rows are asked for.
+constexpr int64_t kAheadBytes = 1 << 13;
 // Angles whose cosine and sine are kept on the stack.
 constexpr int64_t kAngles = 256;
 
@@ -143,26 +143,23 @@ struct Move {
   int64_t from_row, to_row, bytes;
   const int64_t* positions;
   int64_t length;
-  bool streaming;     // the result is larger than the cache
-  int64_t far, near;  // how many slots ahead of the move rows are asked for
+  bool streaming;  // the result is larger than the cache
+  int64_t ahead;   // how many slots ahead of the move rows are asked for
 };
 
-template <int kLocality>
 TK_INLINE void ask_for(const Move& move, int64_t slot) {
   if (slot >= move.length) return;
   const char* from = move.from + move.positions[slot] * move.from_row;
   if (from == move.to + slot * move.to_row) return;
-  for (int64_t i = 0; i < move.bytes; i += 64) __builtin_prefetch(from + i, 0, kLocality);
+  for (int64_t i = 0; i < move.bytes; i += 64) __builtin_prefetch(from + i, 0, 0);
 }
 
 // Kept rows are too irregular for the processor to foresee, so they are asked for ahead of the
-// move: into the second cache from far, which waits for more lines at once than the first, and into
-// the first from near.
+// move, as lines that nobody reads twice: past the second cache they come sooner.
 TK_INLINE void ask_ahead(const Move& move, int64_t slot) {
   if (!move.streaming) return;
-  for (int64_t i = 0; i < move.far && slot == 0; ++i) ask_for<2>(move, i);
-  ask_for<2>(move, slot + move.far);
-  ask_for<3>(move, slot + move.near);
+  for (int64_t i = 0; i < move.ahead && slot == 0; ++i) ask_for(move, i);
+  ask_for(move, slot + move.ahead);
 }
 
 void copy_rows(const Move& move, int64_t begin, int64_t end) {
@@ -312,8 +309,7 @@ void move_unit(const CompactKv& p, int64_t tensor, const Cut& cut, int64_t unit,
       index.positions + row * cut.slots,
       length,
       streaming,
-      kFarBytes / bytes,
-      kNearBytes / bytes};
+      kAheadBytes / bytes};
   const int64_t begin = cut.columns ? 0 : part * cut.part;
   const int64_t last = cut.columns ? cut.slots : smaller(begin + cut.part, cut.slots);
   const int64_t end = larger(begin, smaller(last, length));
