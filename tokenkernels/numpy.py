@@ -328,25 +328,26 @@ def compact_kv(
     _check_compact_kv.check(layers, index, lengths, inplace, order, rope)
     arrays = [array for layer in layers for array in layer]
     _check_compact_kv.arrays(arrays, inplace)
-    rows, per_layer = _listed(index), len(layers[0])
-    inv_freq, old, new = rope or (None, (), ())
-    if inv_freq is not None:
-        inv_freq = np.ascontiguousarray(inv_freq, np.float32)
+    per_layer, rows = len(layers[0]), _listed(index)
+    rotation = (None, (), ()) if rope is None else _rotation(*rope)
+    limits = () if lengths is None else _listed(lengths)
+    if inplace:
+        _check_compact_kv.distinct(_core.addresses(arrays))
     moved, counts, positions = _core.compact_kv(
-        arrays, rows, _listed(lengths), per_layer, order == "fill", inplace,
-        inv_freq, _listed(old), _listed(new),
-    )  # fmt: skip
+        arrays, rows, limits, per_layer, order == "fill", inplace, *rotation
+    )
     if inplace:
         of_layer = [rows[0 if len(rows) == 1 else i // per_layer] for i in range(len(arrays))]
         moved = [array[:, :, : one.shape[-1]] for array, one in zip(arrays, of_layer, strict=True)]
-    results = iter(moved)
-    compacted = [tuple(next(results) for _ in layer) for layer in layers]
-    if isinstance(index, (list, tuple)):
+    compacted = [tuple(moved[i : i + per_layer]) for i in range(0, len(moved), per_layer)]
+    if rows is index:
         return Compacted(compacted, counts, positions)
     return Compacted(compacted, counts[0], positions[0])
 
 
-def _listed(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+def _listed(value: Array | Sequence[Array]) -> Sequence[Array]:
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+def _rotation(inv_freq: Array, old: Any, new: Any) -> tuple[Array, Any, Any]:
+    return np.ascontiguousarray(inv_freq, np.float32), _listed(old), _listed(new)

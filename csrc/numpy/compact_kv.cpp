@@ -35,6 +35,15 @@ std::vector<py::ssize_t> shape_of(const array& a, int64_t dims) {
   return {a.shape(), a.shape() + dims};
 }
 
+// Where the arrays that have elements begin.
+std::vector<uintptr_t> addresses(const Arrays& arrays) {
+  std::vector<uintptr_t> result;
+  for (const array& a : arrays) {
+    if (a.size() > 0) result.push_back(reinterpret_cast<uintptr_t>(a.data()));
+  }
+  return result;
+}
+
 CompactKv::Tensor tensor_of(const array& from, array& to) {
   return {from.data(),     to.mutable_data(), from.strides(0),
           from.strides(1), from.strides(2),   to.strides(0),
@@ -116,6 +125,9 @@ py::tuple compact_kv_numpy(const Arrays& tensors, const Arrays& index_in, const 
 
 }  // namespace
 
-void bind_compact_kv(py::module_& m) { m.def("compact_kv", &compact_kv_numpy); }
+void bind_compact_kv(py::module_& m) {
+  m.def("addresses", &addresses);
+  m.def("compact_kv", &compact_kv_numpy);
+}
 
 }  // namespace tk::bind

@@ -40,6 +40,10 @@ def _per_sample(t: Make) -> dict[str, Any]:
     return {"layers": _cache(t, 3, 2, [30, 33], 16), "index": index, "lengths": lengths}
 
 
+def _one_layer(t: Make) -> dict[str, Any]:
+    return {"layers": _cache(t, 2, 1, [6], 4), "index": _kept(t, 6, 3)}
+
+
 def _shared(t: Make) -> dict[str, Any]:
     return {"layers": _cache(t, 2, 3, [40, 29], 5), "index": _kept(t, 29, 13)}
 
@@ -143,6 +147,7 @@ def _with(make: Any, **options: Any) -> Any:
 _BOTH = ("stable", "fill")
 _SMALL: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "per-sample": (_per_sample, _BOTH, ()),
+    "one-layer": (_one_layer, ("stable",), ("coupled",)),
     "shared": (_shared, ("stable",), ("coupled",)),
     "per-head-int32": (_per_head, _BOTH, ()),
     "per-layer": (_per_layer, ("fill",), ("coupled",)),

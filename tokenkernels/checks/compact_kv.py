@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from . import DTYPES, NUMPY, dtype, fail, floating, numbers_of_numpy, rank, same_dtype
+from . import ARRAY_DTYPES, DTYPES, NUMPY, dtype, fail, floating, numbers_of_numpy, rank, same_dtype
 
 OP = "compact_kv"
 INTEGERS = ("int64", "int32")
@@ -79,8 +79,6 @@ def arrays(arrays: Sequence[Any], inplace: bool) -> None:
                 fail(OP, "layers", "writeable arrays in place", "a read-only one")
             if not flags.c_contiguous:
                 in_place(array.shape, [stride // array.itemsize for stride in array.strides])
-    if inplace:
-        distinct([array.__array_interface__["data"][0] for array in arrays if array.size])
 
 
 def _layers(layers: Any, backend: str | None) -> list[Sequence[int]]:
@@ -124,9 +122,11 @@ def _rows(
         fail(OP, name, f"one tensor, or a list of one per layer ({len(shapes)})", len(value))
     counts = []
     for layer, one in enumerate(listed):
-        if DTYPES.get(getattr(one, "dtype", None)) not in INTEGERS:
+        found = getattr(one, "dtype", None)
+        if (DTYPES.get(found) or ARRAY_DTYPES.get(found)) not in INTEGERS:
             dtype(OP, name, one, INTEGERS)
-        _same_device(name, one, device)
+        if getattr(one, "device", None) != device:
+            _refuse_device(name, one, device)
         shape = one.shape
         leading = len(shape) - entries
         if not 0 <= leading <= 2:
@@ -139,12 +139,11 @@ def _rows(
     return counts
 
 
-def _same_device(name: str, x: Any, device: Any) -> None:
+def _refuse_device(name: str, x: Any, device: Any) -> NoReturn:
     here = getattr(x, "device", None)
-    if here != device:
-        error = ValueError if type(here) is type(device) else TypeError
-        got = here if error is ValueError else type(x).__name__
-        fail(OP, name, f"the device of layers ({device})", got, error)
+    error = ValueError if type(here) is type(device) else TypeError
+    got = here if error is ValueError else type(x).__name__
+    fail(OP, name, f"the device of layers ({device})", got, error)
 
 
 def _refuse_rows(name: str, shape: Any, whole: Sequence[int], entries: bool) -> None:
@@ -165,7 +164,8 @@ def _rope(
         fail(OP, "rope", "(inv_freq, old_positions, new_positions)", type(rope).__name__)
     frequencies, *positions = rope
     dtype(OP, "rope", frequencies, FREQUENCIES)
-    _same_device("rope", frequencies, device)
+    if getattr(frequencies, "device", None) != device:
+        _refuse_device("rope", frequencies, device)
     rank(OP, "rope", frequencies, 1)
     key = layers[0][0]
     floating(OP, "layers", key, backend)

@@ -96,12 +96,9 @@ def compact_kv(
     check.check(layers, index, lengths, inplace, order, rope, backend)
     tensors = [tensor for layer in layers for tensor in layer]
     per_layer, rows = len(layers[0]), _listed(index)
-    inv_freq, old, new = rope or (None, None, None)
-    if inv_freq is not None:
-        inv_freq = inv_freq.detach().float().contiguous()
-    arguments = (
-        rows, _listed(lengths), per_layer, order == "fill", inv_freq, _listed(old), _listed(new)
-    )  # fmt: skip
+    rotation = (None, (), ()) if rope is None else _rotation(*rope)
+    limits = () if lengths is None else _listed(lengths)
+    arguments = (rows, limits, per_layer, order == "fill", *rotation)
     device = tensors[0].device.type
     if inplace:
         _check_in_place(tensors)
@@ -110,33 +107,45 @@ def compact_kv(
         counts, positions = IN_PLACE(backend, device, tensors, *arguments)
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(tensors)
-        room = [one.shape[-1] for one in rows]
-        moved = [
-            t.narrow(2, 0, room[i // per_layer if len(room) > 1 else 0])
-            for i, t in enumerate(tensors)
-        ]
+        moved = _first(tensors, rows)
     else:
         moved, counts, positions = OP(backend, device, tensors, *arguments)
     compacted = [tuple(moved[i : i + per_layer]) for i in range(0, len(moved), per_layer)]
     if rows is not index:
         return Compacted(compacted, counts, positions)
-    lengths = _unpacked(counts, [one.shape[:-1] for one in rows])
-    return Compacted(compacted, lengths, _unpacked(positions, [one.shape for one in rows]))
+    shapes = [one.shape for one in rows]
+    lengths = _unpacked(counts, [shape[:-1] for shape in shapes])
+    return Compacted(compacted, lengths, _unpacked(positions, shapes))
 
 
-def _listed(value: PerLayer | None) -> Sequence[Tensor]:
-    if value is None:
-        return ()
+def _listed(value: PerLayer) -> Sequence[Tensor]:
     return value if isinstance(value, (list, tuple)) else (value,)
+
+
+def _rotation(inv_freq: Tensor, old: PerLayer, new: PerLayer) -> tuple[Any, Any, Any]:
+    return inv_freq.detach().float().contiguous(), _listed(old), _listed(new)
+
+
+def _first(tensors: list[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
+    """Of every tensor the slots that its index leaves."""
+    room = [one.shape[-1] for one in rows]
+    if len(room) == 1:
+        return [tensor.narrow(2, 0, room[0]) for tensor in tensors]
+    per_layer = len(tensors) // len(room)
+    return [tensor.narrow(2, 0, room[i // per_layer]) for i, tensor in enumerate(tensors)]
 
 
 def _unpacked(packed: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
     """The op packs the rows of several index tensors; of one it returns them in their own shape."""
+    first = shapes[0]
     if len(shapes) == 1:
         return [packed]
+    if all(shape == first for shape in shapes):
+        return list(packed.view(len(shapes), *first).unbind())
+    parts = packed.split_with_sizes([shape.numel() for shape in shapes])
     return [
-        part.view(shape)
-        for part, shape in zip(packed.split([s.numel() for s in shapes]), shapes, strict=True)
+        part if len(shape) == 1 else part.view(shape)
+        for part, shape in zip(parts, shapes, strict=True)
     ]
 
 
