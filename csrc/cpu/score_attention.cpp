@@ -164,8 +164,8 @@ TK_INLINE void add_heads(const ScoreAttention& p, const Plan& plan, const Segmen
     for (int64_t h = segment.first_head; h < end; ++h) {
       const int64_t r = h * rows + t;
       if (left >= kColumns) {
-        for (int v = 0; v < kColumnVectors; ++v)
-          __builtin_prefetch(scores + (r + kRowsAhead) * width + v * kLanes);
+        const float* ahead = scores + smaller(r + kRowsAhead, plan.folded - 1) * width;
+        for (int v = 0; v < kColumnVectors; ++v) __builtin_prefetch(ahead + v * kLanes);
         for (int v = 0; v < kColumnVectors; ++v)
           values[v] += load(scores + r * width + v * kLanes) * factors[r];
       } else {
