@@ -214,37 +214,15 @@ void tile(const float* a, int64_t a_stride, const float* b, int64_t depth, float
 using Tile = void (*)(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,
                       int64_t c_stride, int64_t cols, bool accumulate);
 
-template <class Kind, int Vectors, bool Contiguous>
+// rows ≤ Rows.
+template <class Kind, int Vectors, bool Contiguous, int Rows = kTileRows>
 TK_INLINE Tile tile_of(int64_t rows) {
-  switch (rows) {
-    case 1:
-      return tile<Kind, 1, Vectors, Contiguous>;
-    case 2:
-      return tile<Kind, 2, Vectors, Contiguous>;
-    case 3:
-      return tile<Kind, 3, Vectors, Contiguous>;
-    case 4:
-      return tile<Kind, 4, Vectors, Contiguous>;
-    case 5:
-      return tile<Kind, 5, Vectors, Contiguous>;
-    case 6:
-      return tile<Kind, 6, Vectors, Contiguous>;
-#if defined(__AVX512F__)
-    case 7:
-      return tile<Kind, 7, Vectors, Contiguous>;
-    case 8:
-      return tile<Kind, 8, Vectors, Contiguous>;
-    case 9:
-      return tile<Kind, 9, Vectors, Contiguous>;
-    case 10:
-      return tile<Kind, 10, Vectors, Contiguous>;
-    case 11:
-      return tile<Kind, 11, Vectors, Contiguous>;
-    case 12:
-      return tile<Kind, 12, Vectors, Contiguous>;
-#endif
+  if constexpr (Rows == 1) {
+    return tile<Kind, 1, Vectors, Contiguous>;
+  } else {
+    return rows == Rows ? tile<Kind, Rows, Vectors, Contiguous>
+                        : tile_of<Kind, Vectors, Contiguous, Rows - 1>(rows);
   }
-  return nullptr;
 }
 
 template <class Kind>
