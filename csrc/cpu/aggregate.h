@@ -109,6 +109,24 @@ TK_INLINE const T* rows_of(const Matrices& from, int64_t image, int64_t row) {
   return static_cast<const T*>(from.data) + image * from.batch_stride + row * from.row_stride;
 }
 
+// A call on given logits as the same on scores: what forward and backward have in common of it.
+template <class Soft, class Logits>
+TK_INLINE Soft as_scores(const Logits& p) {
+  Soft soft{};
+  soft.dtype = p.dtype;
+  soft.B = p.B;
+  soft.M = p.M;
+  soft.N = p.N;
+  soft.C = p.C;
+  soft.key = p.logits;
+  soft.value = p.value;
+  soft.mask = p.mask;
+  soft.scale = 1.0f;
+  soft.lse = p.lse;
+  soft.scratch = p.scratch;
+  return soft;
+}
+
 // The state of a softmax that sees its tokens block by block, one entry per slot.
 struct Running {
   float* maximum;

@@ -5,19 +5,8 @@ namespace tk::TK_ISA {
 namespace {
 
 AggregateSoft given(const AggregateLogits& p) {
-  AggregateSoft soft{};
-  soft.dtype = p.dtype;
-  soft.B = p.B;
-  soft.M = p.M;
-  soft.N = p.N;
-  soft.C = p.C;
-  soft.key = p.logits;
-  soft.value = p.value;
-  soft.mask = p.mask;
-  soft.scale = 1.0f;
-  soft.scratch = p.scratch;
+  auto soft = as_scores<AggregateSoft>(p);
   soft.out = p.out;
-  soft.lse = p.lse;
   return soft;
 }
 

@@ -5,20 +5,9 @@ namespace tk::TK_ISA {
 namespace {
 
 AggregateSoftBackward given(const AggregateLogitsBackward& p) {
-  AggregateSoftBackward soft{};
-  soft.dtype = p.dtype;
-  soft.B = p.B;
-  soft.M = p.M;
-  soft.N = p.N;
-  soft.C = p.C;
-  soft.key = p.logits;
-  soft.value = p.value;
-  soft.mask = p.mask;
-  soft.scale = 1.0f;
+  auto soft = as_scores<AggregateSoftBackward>(p);
   soft.gradient = p.gradient;
   soft.tokens = p.tokens;
-  soft.lse = p.lse;
-  soft.scratch = p.scratch;
   soft.key_grad = p.logits_grad;
   soft.value_grad = p.value_grad;
   return soft;
