@@ -13,6 +13,7 @@
   X(aggregate_logits_backward, AggregateLogitsBackward) \
   X(aggregate_soft, AggregateSoft)                      \
   X(aggregate_soft_backward, AggregateSoftBackward)     \
+  X(merge_runs, MergeRuns)                              \
   X(score_attention, ScoreAttention)                    \
   X(slim_tokens, SlimTokens)                            \
   X(slim_tokens_backward, SlimTokensBackward)
@@ -26,8 +27,7 @@
   X(gather_topk_backward, GatherTopkBackward) \
   X(gather_topk_select, GatherTopk)           \
   X(merge_adjacent, MergeAdjacent)            \
-  X(merge_backward, MergeBackward)            \
-  X(merge_runs, MergeRuns)
+  X(merge_backward, MergeBackward)
 
 #define TK_CPU_KERNELS(X) TK_PAIR_KERNELS(X) TK_PLAIN_KERNELS(X)
 

@@ -7,7 +7,7 @@
 namespace tk::TK_ISA {
 namespace {
 
-// Tokens are measured, then placed, then written: three phases, on stretches of this many bytes,
+// Windows are measured, then placed, then written: three phases, on stretches of this many bytes,
 // which are still in the last-level cache when they are read again. Each phase ends with a barrier,
 // so that much shorter stretches would wait more than they read.
 constexpr int64_t kStretchBytes = int64_t{4} << 20;

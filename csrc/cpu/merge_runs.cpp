@@ -1,9 +1,12 @@
 // merge_runs on the CPU: compare every token with its predecessor, number the runs, write their
-// means; one stretch after another.
+// means; one stretch after another, each out of the second-level caches.
 #include "cpu/merge.h"
 
 namespace tk::TK_ISA {
 namespace {
+
+// What a thread measures before it writes: about half of a second-level cache.
+constexpr int64_t kPartBytes = int64_t{1} << 19;
 
 template <class T>
 TK_INLINE const T* token(const MergeRuns& p, int64_t image, int64_t position) {
@@ -28,84 +31,87 @@ TK_INLINE void each_token(const MergeRuns& p, int64_t begin, int64_t end, const 
   }
 }
 
-// What kTokens consecutive rows have with the row before each.
-template <int kTokens>
+// What a row has with the row before it.
 struct Likeness {
-  float dot[kTokens];     // ⟨row, row before⟩
-  float square[kTokens];  // ‖row‖²
+  float dot;     // ⟨row, row before⟩
+  float square;  // ‖row‖²
 };
 
-// The sums of a row are added in one order, whatever its place among the rows. Several rows at once
-// look like no stream to the processor, so those `ahead` elements further on are asked for in good
-// time.
-template <int kTokens, class T>
-TK_INLINE Likeness<kTokens> compare(const T* const (&rows)[kTokens + 1], int64_t channels,
-                                    int64_t ahead) {
-  Floats dots[kTokens] = {}, squares[kTokens] = {};
+// What is multiplied at a time: kPair elements, of which the first `count` are there.
+template <class T>
+TK_INLINE Pair load_piece(const T* from, int count) {
+  if (count == kPair) return load_pair(from);
+  return {load_some(from, smaller(count, kLanes)),
+          load_some(from + kLanes, larger(count - kLanes, 0))};
+}
+
+TK_INLINE Floats add_products(Floats sum, Pair a, Pair b) {
+  sum += a.a * b.a;
+  sum += a.b * b.b;
+  return sum;
+}
+
+#if defined(__AVX512BF16__)
+// Products of bfloat16, added in float32, count subnormal numbers as zeros: nothing beside the
+// smallest norm.
+TK_INLINE __m512bh load_piece(const BFloat16* from, int count) {
+  const __mmask32 there = static_cast<__mmask32>((uint64_t{1} << count) - 1);
+  return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(there, from));
+}
+
+TK_INLINE Floats add_products(Floats sum, __m512bh a, __m512bh b) {
+  return _mm512_dpbf16_ps(sum, a, b);
+}
+#endif
+
+// Rows come as one stream, each still in the first-level cache when it is the row before. What lies
+// `ahead` elements further on is asked for in good time.
+template <class T>
+TK_INLINE Likeness compare(const T* row, const T* before, int64_t channels, int64_t ahead) {
+  constexpr int kPieces = 4;
+  Floats dots[kPieces] = {}, squares[kPieces] = {};
+  const auto add = [&](int64_t c, int count, int piece) {
+    const auto value = load_piece(row + c, count);
+    for (int line = 0; line < kPair; line += static_cast<int>(64 / sizeof(T)))
+      __builtin_prefetch(row + c + ahead + line, 0, 3);
+    dots[piece] = add_products(dots[piece], value, load_piece(before + c, count));
+    squares[piece] = add_products(squares[piece], value, value);
+  };
   int64_t c = 0;
-  for (; c + kPair <= channels; c += kPair) {
-    Pair before = load_pair(rows[0] + c);
+  for (; c + kPieces * kPair <= channels; c += kPieces * kPair) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kTokens; ++i) {
-      const Pair value = load_pair(rows[i + 1] + c);
-      __builtin_prefetch(rows[i + 1] + c + ahead, 0, 2);
-      dots[i] += value.a * before.a;
-      dots[i] += value.b * before.b;
-      squares[i] += value.a * value.a;
-      squares[i] += value.b * value.b;
-      before = value;
-    }
+    for (int piece = 0; piece < kPieces; ++piece) add(c + piece * kPair, kPair, piece);
   }
-  for (; c < channels; c += kLanes) {
-    const int count = lanes_left(channels, c);
-    for (int i = 0; i < kTokens; ++i) {
-      const Floats value = load_some(rows[i + 1] + c, count);
-      dots[i] += value * load_some(rows[i] + c, count);
-      squares[i] += value * value;
-    }
-  }
-  Likeness<kTokens> like;
-  for (int i = 0; i < kTokens; ++i) {
-    like.dot[i] = sum(dots[i]);
-    like.square[i] = sum(squares[i]);
-  }
-  return like;
+  for (; c + kPair <= channels; c += kPair) add(c, kPair, 0);
+  if (c < channels) add(c, static_cast<int>(channels - c), 0);
+  return {sum((dots[0] + dots[1]) + (dots[2] + dots[3])),
+          sum((squares[0] + squares[1]) + (squares[2] + squares[3]))};
 }
 
 TK_INLINE float norm_of(float square) { return larger(square_root(square), kSmallestNorm); }
-
-// Says of kTokens tokens from `position` on whether they are like their predecessors, given the
-// norm of the first one's.
-template <int kTokens, class T>
-TK_INLINE void measure_some(const MergeRuns& p, int64_t image, int64_t position, int64_t* alike,
-                            float& norm_before) {
-  const T* rows[kTokens + 1];
-  for (int i = 0; i <= kTokens; ++i) rows[i] = token<T>(p, image, position - 1 + i);
-  const Likeness<kTokens> like = compare<kTokens>(rows, p.channels, kTokens * p.token_stride);
-  for (int i = 0; i < kTokens; ++i) {
-    const float norm = norm_of(like.square[i]);
-    alike[i] = like.dot[i] / (norm * norm_before) >= p.threshold;
-    norm_before = norm;
-  }
-}
 
 // index[t] becomes 1 where token t is like its predecessor, else 0; a prefix token and the one
 // behind it are like nobody.
 template <class T>
 void measure(const MergeRuns& p, int64_t begin, int64_t end) {
-  constexpr int kGroup = 4;
   for (int64_t t = begin; t < end;) {
     const int64_t image = t / p.length, position = t % p.length;
     if (position <= p.prefix) {
       p.index[t++] = 0;
       continue;
     }
-    const T* before = token<T>(p, image, position - 1);
-    float norm = norm_of(compare<1>({before, before}, p.channels, p.token_stride).square[0]);
+    const T* row = token<T>(p, image, position);
+    const T* before = row - p.token_stride;
+    float norm_before = norm_of(compare(before, before, p.channels, 0).square);
     const int64_t last = smaller(end, t - position + p.length);
-    for (; t + kGroup <= last; t += kGroup)
-      measure_some<kGroup, T>(p, image, t - image * p.length, p.index + t, norm);
-    for (; t < last; ++t) measure_some<1, T>(p, image, t - image * p.length, p.index + t, norm);
+    for (; t < last; ++t) {
+      const Likeness like = compare(row, before, p.channels, 2 * p.token_stride);
+      const float norm = norm_of(like.square);
+      p.index[t] = like.dot / (norm * norm_before) >= p.threshold;
+      norm_before = norm;
+      before = row;
+      row += p.token_stride;
+    }
   }
 }
 
@@ -179,22 +185,31 @@ void pad(const MergeRuns& p, const Pool& pool) {
   });
 }
 
-// A run that is open at the end of a stretch is written with the next one.
+// Stretch after stretch, measured, numbered, written: every thread writes its part of one while the
+// part still lies in its own cache, and in the same go measures its part of the next. A run that is
+// open at the end of a stretch is written with the next one.
 template <class T>
 void merge_batch(const MergeRuns& p, const Pool& pool) {
-  const int64_t bytes = 1 + size_of(p.dtype) * p.channels;
-  const int64_t tokens = p.batch * p.length, stretch = 1 + kStretchBytes / bytes,
-                grain = 1 + kGrainBytes / bytes;
+  const int64_t bytes = 1 + size_of(p.dtype) * p.channels, tokens = p.batch * p.length;
+  if (tokens == 0) return;
+  const int64_t parts = smaller<int64_t>(pool.threads, 1 + tokens * bytes / kGrainBytes);
+  const int64_t stretch = parts * (1 + kPartBytes / bytes);
   Progress open{-1, 0, 0};
-  for (int64_t begin = 0; begin < tokens; begin += stretch) {
-    const int64_t end = smaller(begin + stretch, tokens), unwritten = open.start;
-    parallel_for(pool, end - begin, grain,
-                 [&](int64_t from, int64_t to) { measure<T>(p, begin + from, begin + to); });
-    number(p, begin, end, open);
+  int64_t begin = 0, end = 0, unwritten = 0;
+  do {
     const int64_t closed = end == tokens ? end : open.start;
-    parallel_for(pool, closed - unwritten, grain,
-                 [&](int64_t from, int64_t to) { write<T>(p, unwritten + from, unwritten + to); });
-  }
+    begin = end;
+    end = smaller(begin + stretch, tokens);
+    parallel_for(pool, parts, 1, [&](int64_t from, int64_t to) {
+      const auto share = [&](int64_t first, int64_t last, int64_t part) {
+        return first + (last - first) * part / parts;
+      };
+      write<T>(p, share(unwritten, closed, from), share(unwritten, closed, to));
+      measure<T>(p, share(begin, end, from), share(begin, end, to));
+    });
+    unwritten = closed;
+    number(p, begin, end, open);
+  } while (unwritten < tokens);
   if (p.padded) pad(p, pool);
 }
 
