@@ -321,7 +321,7 @@ void move_unit(const CompactKv& p, int64_t tensor, const Cut& cut, int64_t unit,
   }
   if (p.in_place) return;
   for (int64_t slot = end; slot < last; ++slot) {
-    zero_row(move.to + slot * move.to_row, bytes);
+    zero_row(move.to + slot * move.to_row, bytes, false);
   }
 }
 

@@ -74,10 +74,30 @@ TK_INLINE int64_t count_from(const int32_t* keys, int64_t tokens, int32_t bar) {
   return fold(found, [](Ints a, Ints b) { return a + b; });
 }
 
+// The bits in which any two keys differ: few where scores are alike or were half precision.
+uint32_t differing_bits(const int32_t* keys, int64_t tokens) {
+  const Ints one = splat_int(keys[0]);
+  Ints found{};
+  int64_t n = 0;
+  for (; n + kLanes <= tokens; n += kLanes) {
+    Ints here;
+    std::memcpy(&here, keys + n, sizeof here);
+    found |= here ^ one;
+  }
+  int32_t all = fold(found, [](Ints a, Ints b) { return a | b; });
+  for (; n < tokens; ++n) all |= keys[n] ^ keys[0];
+  return static_cast<uint32_t>(all);
+}
+
 // The highest bar that at least `need` keys reach, found bit by bit; early where exactly `need` do.
 int32_t find_bar(const int32_t* keys, int64_t tokens, int64_t need) {
+  const uint32_t open = differing_bits(keys, tokens);
   uint32_t bar = 0;  // counted from kNever upwards
   for (uint32_t bit = 0x80000000u; bit != 0; bit >>= 1) {
+    if ((open & bit) == 0) {
+      bar |= (static_cast<uint32_t>(keys[0]) ^ 0x80000000u) & bit;
+      continue;
+    }
     const int64_t count = count_from(keys, tokens, static_cast<int32_t>((bar | bit) ^ 0x80000000u));
     if (count >= need) bar |= bit;
     if (count == need) break;
@@ -85,12 +105,41 @@ int32_t find_bar(const int32_t* keys, int64_t tokens, int64_t need) {
   return static_cast<int32_t>(bar ^ 0x80000000u);
 }
 
+// How many of `need` are left to those at the bar.
+TK_INLINE int64_t ties_of(const int32_t* keys, int64_t tokens, int64_t need, int32_t bar) {
+  return need - (bar == kAlways ? 0 : count_from(keys, tokens, bar + 1));
+}
+
 // Chosen tokens in ascending order: all above the bar, and the first of those at it.
+#if defined(__AVX512F__)
 int64_t choose(const int32_t* keys, int64_t tokens, int64_t need, int64_t* selected) {
   if (need == 0) return 0;
   const int32_t bar = find_bar(keys, tokens, need);
-  int64_t ties = need - (bar == kAlways ? 0 : count_from(keys, tokens, bar + 1));
-  int64_t count = 0;
+  const __m512i bars = _mm512_set1_epi32(bar);
+  int64_t ties = ties_of(keys, tokens, need, bar), count = 0;
+  __m512i here = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+  for (int64_t n = 0; count < need; n += kLanes) {
+    const __m512i some = _mm512_loadu_si512(keys + n);
+    uint32_t equal = ties > 0 ? _mm512_cmpeq_epi32_mask(some, bars) : 0;
+    while (__builtin_popcount(equal) > ties) equal ^= 0x80000000u >> __builtin_clz(equal);
+    ties -= __builtin_popcount(equal);
+    const uint32_t chosen = _mm512_cmpgt_epi32_mask(some, bars) | equal;
+    for (uint32_t half = 0; half < 2; ++half) {
+      const auto mask = static_cast<__mmask8>(chosen >> 8 * half);
+      const int found = __builtin_popcount(mask);
+      _mm512_mask_storeu_epi64(selected + count, static_cast<__mmask8>((1u << found) - 1),
+                               _mm512_maskz_compress_epi64(mask, here));
+      count += found;
+      here = _mm512_add_epi64(here, _mm512_set1_epi64(8));
+    }
+  }
+  return count;
+}
+#else
+int64_t choose(const int32_t* keys, int64_t tokens, int64_t need, int64_t* selected) {
+  if (need == 0) return 0;
+  const int32_t bar = find_bar(keys, tokens, need);
+  int64_t ties = ties_of(keys, tokens, need, bar), count = 0;
   for (int64_t n = 0; count < need; ++n) {
     const bool tie = keys[n] == bar && ties > 0;
     selected[count] = n;
@@ -99,6 +148,7 @@ int64_t choose(const int32_t* keys, int64_t tokens, int64_t need, int64_t* selec
   }
   return count;
 }
+#endif
 
 int64_t choose_by_threshold(const GatherTopk& p, const int32_t* keys, int64_t image,
                             int64_t* selected) {

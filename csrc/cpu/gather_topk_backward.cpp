@@ -96,7 +96,7 @@ void add_scores_gradient(const GatherTopkBackward& p, const GatherTopkBackward::
 // Rows first … last of the gradient of an image, prefix tokens in front.
 template <class T>
 void scatter(const GatherTopkBackward& p, const GatherTopkBackward::Tensor& tensor, int64_t image,
-             const int32_t* place, int64_t first, int64_t last) {
+             const int32_t* place, int64_t first, int64_t last, bool streaming) {
   const int64_t channels = tensor.channels, bytes = channels * static_cast<int64_t>(sizeof(T));
   const T* from = static_cast<const T*>(tensor.from) + p.offsets[image] * channels;
   T* to = static_cast<T*>(tensor.to) + image * (p.prefix + p.tokens) * channels;
@@ -108,11 +108,14 @@ void scatter(const GatherTopkBackward& p, const GatherTopkBackward::Tensor& tens
     T* row = to + at * channels;
     const int64_t n = at - p.prefix;
     if (n < 0) {
-      std::memcpy(row, from + at * channels, static_cast<size_t>(bytes));
+      copy_row(reinterpret_cast<char*>(row), reinterpret_cast<const char*>(from + at * channels),
+               bytes, streaming);
     } else if (place[n] != kDropped) {
-      std::memcpy(row, from + (p.prefix + place[n]) * channels, static_cast<size_t>(bytes));
+      copy_row(reinterpret_cast<char*>(row),
+               reinterpret_cast<const char*>(from + (p.prefix + place[n]) * channels), bytes,
+               streaming);
     } else if (p.fuse == Fuse::kNone) {
-      zero_row(reinterpret_cast<char*>(row), bytes);
+      zero_row(reinterpret_cast<char*>(row), bytes, streaming);
     } else {
       scale_row(row, fused, channels, score(p, image, n) * inverse);
     }
@@ -149,16 +152,22 @@ Status gather_topk_backward(const GatherTopkBackward& p, const Pool& pool) {
     }
   });
   const int64_t rows = p.prefix + p.tokens;
+  int64_t bytes = 0;
+  for (int t = 0; t < p.tensor_count; ++t)
+    bytes += p.batch * rows * p.tensors[t].channels * size_of(p.tensors[t].dtype);
+  const bool streaming = bytes > kStreamingBytes;
   parallel_for(pool, p.batch * rows, grain_of(channels * 4), [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; at = (at / rows + 1) * rows) {
       const int64_t image = at / rows, first = at % rows;
       const int64_t last = end - at < rows - first ? first + end - at : rows;
       for (int t = 0; t < p.tensor_count; ++t) {
         dispatch(p.tensors[t].dtype, [&](auto zero) {
-          scatter<decltype(zero)>(p, p.tensors[t], image, places + image * p.tokens, first, last);
+          scatter<decltype(zero)>(p, p.tensors[t], image, places + image * p.tokens, first, last,
+                                  streaming);
         });
       }
     }
+    if (streaming) streaming_done();
   });
   return Status::kOk;
 }

@@ -44,7 +44,18 @@ TK_INLINE void copy_row(char* to, const char* from, int64_t bytes, bool streamin
   if (at < bytes) std::memcpy(to + at, from + at, static_cast<size_t>(bytes - at));
 }
 
-TK_INLINE void zero_row(char* to, int64_t bytes) { std::memset(to, 0, static_cast<size_t>(bytes)); }
+TK_INLINE void zero_row(char* to, int64_t bytes, bool streaming) {
+  if (!streaming || bytes < 256) {
+    std::memset(to, 0, static_cast<size_t>(bytes));
+    return;
+  }
+  alignas(64) static constexpr char kZeros[64] = {};
+  const int64_t head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) & 63u);
+  std::memset(to, 0, static_cast<size_t>(head));
+  int64_t at = head;
+  for (; at + 64 <= bytes; at += 64) stream_line(to + at, kZeros);
+  std::memset(to + at, 0, static_cast<size_t>(bytes - at));
+}
 
 }  // namespace
 }  // namespace tk::TK_ISA
