@@ -28,8 +28,32 @@ TK_INLINE void store_joined(float* to, __m512i even, __m512i odd) {
       _mm512_permutex2var_epi16(even, _mm512_add_epi32(words, _mm512_set1_epi32(0x100010)), odd));
 }
 
-TK_INLINE __m256i round_halves(Floats value) {
-  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
+// Two vectors of halves, one behind the other.
+TK_INLINE Floats round_words(Floats low, Floats high) {
+  return reinterpret_cast<Floats>(_mm512_cvtne2ps_pbh(high, low));
+}
+
+TK_INLINE Floats load_words(const BFloat16* from) {
+  return reinterpret_cast<Floats>(_mm512_loadu_si512(from));
+}
+
+// The first `count` halves; zeros behind them.
+TK_INLINE Floats load_words(const BFloat16* from, int64_t count) {
+  const int64_t halves = smaller<int64_t>(count, 2 * kLanes);
+  return reinterpret_cast<Floats>(_mm512_maskz_loadu_epi16(first_halves(halves), from));
+}
+
+TK_INLINE void store_words(BFloat16* to, Floats words) {
+  _mm512_storeu_si512(to, reinterpret_cast<__m512i>(words));
+}
+
+TK_INLINE Floats even_halves(Floats words) {
+  return reinterpret_cast<Floats>(_mm512_slli_epi32(reinterpret_cast<__m512i>(words), 16));
+}
+
+TK_INLINE Floats odd_halves(Floats words) {
+  return reinterpret_cast<Floats>(_mm512_and_si512(
+      reinterpret_cast<__m512i>(words), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
 // B's rows contiguous: from[k * depth_stride + n], `depth` elements; zeros beyond depth and cols.
@@ -128,8 +152,9 @@ struct Product<BFloat16> {
       for (int64_t i = 0; i < rows; i += kLanes) {
         const int count = static_cast<int>(smaller<int64_t>(rows - i, kLanes));
         const Floats above = k + 1 < depth ? load(even + stride + i, count) : splat(0.0f);
-        _mm512_mask_storeu_epi32(out + i, first(count),
-                                 join(round_halves(load(even + i, count)), round_halves(above)));
+        _mm512_mask_storeu_epi32(
+            out + i, first(count),
+            join(narrow(load(even + i, count), BFloat16{}), narrow(above, BFloat16{})));
       }
     }
     return {to, 1, to_stride};
@@ -140,7 +165,7 @@ struct Product<BFloat16> {
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t k = 0; k < depth; k += kLanes) {
         const int count = static_cast<int>(smaller<int64_t>(depth - k, kLanes));
-        const __m256i halves = round_halves(load(block + i * stride + k, count));
+        const __m256i halves = narrow(load(block + i * stride + k, count), BFloat16{});
         const __mmask16 mask = first(static_cast<int>(smaller<int64_t>(count + 1, kLanes)));
         _mm256_mask_storeu_epi16(reinterpret_cast<uint16_t*>(to + i * to_stride) + k, mask, halves);
       }

@@ -26,28 +26,6 @@ Status check_values(const ScoreAttention& p) {
   return Status::kOk;
 }
 
-// 2^x, relative error below 2 ulp; inf above 128, 0 far below −126, NaN for NaN.
-TK_INLINE Floats exp2(Floats x) {
-  const Floats clamped = max(splat(-200.0f), min(splat(129.0f), x));
-  const Floats shifted = clamped + 12582912.0f;  // 1.5·2^23: rounds to an integer
-  const Floats power = shifted - 12582912.0f;
-  const Floats r = clamped - power;
-  Floats y = splat(1.326472639e-3f);
-  y = y * r + 9.671512697e-3f;
-  y = y * r + 5.550733746e-2f;
-  y = y * r + 2.402224208e-1f;
-  y = y * r + 6.931469776e-1f;
-  y = y * r + 1.0f;
-#if defined(__AVX512F__)
-  return _mm512_scalef_ps(y, power);
-#else
-  const Ints whole = reinterpret_cast<Ints>(shifted) - 0x4b400000;
-  const Ints half = whole >> 1;
-  return y * reinterpret_cast<Floats>((half + 127) << 23) *
-         reinterpret_cast<Floats>((whole - half + 127) << 23);
-#endif
-}
-
 // Raw scores s of `count` visible keys become 2^(s·scale − peak), in place; gives their sum over
 // lanes.
 TK_INLINE Floats exponentials(float* scores, int count, float scale, float peak) {

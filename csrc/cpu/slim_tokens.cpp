@@ -84,9 +84,8 @@ void route(const SlimTokens& p, const Weights& w, int64_t b, int64_t first, int6
            int64_t end, const TileBuffers& tile, const ImageBuffers& image) {
   const int64_t rows = end - begin;
   auto* normal = reinterpret_cast<Operand<T>*>(tile.normal);
-  for (int64_t i = 0; i < rows; ++i) {
-    layer_norm(p, w, token<T>(p, b, first + begin + i), normal + i * p.channels);
-  }
+  Moments moments[kTileTokens];
+  layer_norm<T>(p, w, b, first + begin, rows, normal, moments);
   project<T>(p, w, normal, rows, tile.projected, tile.stage);
   if (p.projected != nullptr) {
     std::memcpy(p.projected + (b * p.tokens + first + begin) * p.hidden, tile.projected,
@@ -117,11 +116,11 @@ Floats softmax_over_tokens(const SlimTokens& p, const ImageBuffers& image, int64
   Floats denominator{};
   for (int64_t n = 0; n < count; ++n) {
     float* at = image.logits + n * slots + m;
-    const Floats numerator = exp(load(at) - maximum);
+    const Floats numerator = exp_below(load(at) - maximum);
     store(at, numerator);
     denominator += numerator;
   }
-  const Floats shrink = first ? splat(0.0f) : exp(before - maximum);
+  const Floats shrink = first ? splat(0.0f) : exp_below(before - maximum);
   store(image.maxima + m, maximum);
   store(image.denominators + m,
         first ? denominator : load(image.denominators + m) * shrink + denominator);

@@ -75,6 +75,26 @@ struct OperandOf<Pairs, T> {
 template <class T>
 using Operand = typename OperandOf<typename Product<T>::Kind, T>::type;
 
+// Writes `count` operands of a product: body(i, lanes) gives a vector of them.
+template <class Body>
+TK_INLINE void for_operands(float* to, int64_t count, const Body& body) {
+  for_vectors(count, [&](int64_t i, int lanes) { store_some(to + i, body(i, lanes), lanes); });
+}
+
+#if defined(__AVX512BF16__)
+// Whole registers of halves, which the compiler does not make of two conversions.
+template <class Body>
+TK_INLINE void for_operands(BFloat16* to, int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    store_words(to + i, round_words(body(i, kLanes), body(i + kLanes, kLanes)));
+  }
+  for_vectors(count - i, [&](int64_t rest, int lanes) {
+    store_some(to + i + rest, body(i + rest, lanes), lanes);
+  });
+}
+#endif
+
 // The weights as every tile reads them.
 struct Weights {
   float *norm_weight, *norm_bias;  // (C)
@@ -103,43 +123,113 @@ static int64_t stage_size(const SlimTokens& p, int64_t rows) {
   return p.dtype == DType::kFloat32 ? 0 : Product<BFloat16>::stage(rows);
 }
 
-// Of one token's channels. `rest` is what `mean` lost by rounding: far from the origin it is not
-// small.
+// Of one token's channels. `rest` is what `mean` lost by rounding, far from the origin no small
+// thing, times rstd.
 struct Moments {
   float mean, rest, rstd;
 
-  TK_INLINE Floats standard(Floats value) const { return ((value - mean) - rest) * rstd; }
+  TK_INLINE Floats standard(Floats value) const { return (value - mean) * rstd - rest; }
 };
 
-// One row to zero mean and unit variance, times weight, plus bias.
+// Sums over a row of the values, and of the distances from `mean` and their squares.
 template <class T>
-Moments layer_norm(const SlimTokens& p, const Weights& w, const T* from, Operand<T>* to) {
-  const auto channels = static_cast<float>(p.channels);
-  const float mean =
-      sum_vectors(p.channels, [&](int64_t c, int count) { return load_some(from + c, count); }) /
-      channels;
+TK_INLINE float sum_row(const T* from, int64_t count) {
+  return sum_vectors(count, [&](int64_t c, int lanes) { return load_some(from + c, lanes); });
+}
+
+struct Spread {
+  float rests, squares;
+};
+
+template <class T>
+TK_INLINE Spread spread_row(const T* from, int64_t count, float mean) {
   Floats rests{};
-  const float squares = sum_vectors(p.channels, [&](int64_t c, int count) {
+  const float squares = sum_vectors(count, [&](int64_t c, int lanes) {
     const Floats centred =
-        select(iota() < splat_int(count), load_some(from + c, count) - mean, splat(0.0f));
+        select(iota() < splat_int(lanes), load_some(from + c, lanes) - mean, splat(0.0f));
     rests += centred;
     return centred * centred;
   });
-  const float rest = sum(rests) / channels;
-  const float variance = squares / channels - rest * rest;
-  const Moments moments = {mean, rest, 1.0f / __builtin_sqrtf(variance + p.eps)};
-  for_vectors(p.channels, [&](int64_t c, int count) {
-    const Floats standard = moments.standard(load_some(from + c, count));
-    store_some(to + c,
-               standard * load_some(w.norm_weight + c, count) + load_some(w.norm_bias + c, count),
-               count);
-  });
-  return moments;
+  return {sum(rests), squares};
 }
+
+#if defined(__AVX512BF16__)
+// Halves two by two: the order within a sum is free.
+TK_INLINE float sum_row(const BFloat16* from, int64_t count) {
+  const auto ones = reinterpret_cast<Floats>(splat_int(0x3f803f80));
+  Floats sums[2] = {};
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= count; c += 4 * kLanes) {
+    sums[0] = multiply_add(Pairs{}, sums[0], load_words(from + c), ones);
+    sums[1] = multiply_add(Pairs{}, sums[1], load_words(from + c + 2 * kLanes), ones);
+  }
+  for (; c < count; c += 2 * kLanes) {
+    sums[0] = multiply_add(Pairs{}, sums[0], load_words(from + c, count - c), ones);
+  }
+  return sum(sums[0] + sums[1]);
+}
+
+TK_INLINE Spread spread_row(const BFloat16* from, int64_t count, float mean) {
+  Floats rests[2] = {}, squares[2] = {};
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= count; c += 2 * kLanes) {
+    const Floats words = load_words(from + c);
+    const Floats even = even_halves(words) - mean, odd = odd_halves(words) - mean;
+    rests[0] += even;
+    rests[1] += odd;
+    squares[0] += even * even;
+    squares[1] += odd * odd;
+  }
+  if (c < count) {
+    const Floats words = load_words(from + c, count - c);
+    const auto left = splat_int(static_cast<int32_t>(count - c));
+    const Floats even = select(iota() * 2 < left, even_halves(words) - mean, splat(0.0f)),
+                 odd = select(iota() * 2 + 1 < left, odd_halves(words) - mean, splat(0.0f));
+    rests[0] += even;
+    rests[1] += odd;
+    squares[0] += even * even;
+    squares[1] += odd * odd;
+  }
+  return {sum(rests[0] + rests[1]), sum(squares[0] + squares[1])};
+}
+#endif
 
 template <class T>
 TK_INLINE const T* token(const SlimTokens& p, int64_t image, int64_t n) {
   return static_cast<const T*>(p.x) + image * p.x_batch + n * p.x_token;
+}
+
+// `rows` tokens from `first` on to zero mean and unit variance, times weight, plus bias. Some rows
+// together, step by step, so that their sums do not wait for one another.
+template <class T>
+void layer_norm(const SlimTokens& p, const Weights& w, int64_t image, int64_t first, int64_t rows,
+                Operand<T>* to, Moments* moments) {
+  constexpr int64_t kTogether = 8;
+  const auto channels = static_cast<float>(p.channels);
+  for (int64_t begin = 0; begin < rows; begin += kTogether) {
+    const int64_t end = smaller(rows, begin + kTogether);
+    float means[kTogether];
+    Spread spreads[kTogether];
+    for (int64_t i = begin; i < end; ++i)
+      means[i - begin] = sum_row(token<T>(p, image, first + i), p.channels) / channels;
+    for (int64_t i = begin; i < end; ++i) {
+      spreads[i - begin] = spread_row(token<T>(p, image, first + i), p.channels, means[i - begin]);
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      const float rest = spreads[i - begin].rests / channels;
+      const float variance = spreads[i - begin].squares / channels - rest * rest;
+      const float rstd = 1.0f / __builtin_sqrtf(variance + p.eps);
+      moments[i] = {means[i - begin], rest * rstd, rstd};
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      const T* from = token<T>(p, image, first + i);
+      const Moments row = moments[i];
+      for_operands(to + i * p.channels, p.channels, [&](int64_t c, int count) {
+        return row.standard(load_some(from + c, count)) * load_some(w.norm_weight + c, count) +
+               load_some(w.norm_bias + c, count);
+      });
+    }
+  }
 }
 
 // projected (rows, H) = normal (rows, C) · w1ᵀ + b1
@@ -161,8 +251,8 @@ void project(const SlimTokens& p, const Weights& w, const Operand<T>* normal, in
 template <class T>
 void score_slots(const SlimTokens& p, const Weights& w, const float* projected, int64_t rows,
                  Operand<T>* hidden, float* logits, float* stage) {
-  for_vectors(rows * p.hidden, [&](int64_t i, int lanes) {
-    store_some(hidden + i, gelu(load_some(projected + i, lanes)), lanes);
+  for_operands(hidden, rows * p.hidden, [&](int64_t i, int lanes) {
+    return gelu(load_some(projected + i, lanes), Operand<T>{});
   });
   const int64_t slots = slot_stride(p);
   Product<Operand<T>>::multiply_rows(hidden, p.hidden, w.w2, rows, p.slots, p.hidden, logits, slots,

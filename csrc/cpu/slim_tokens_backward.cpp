@@ -121,10 +121,7 @@ void enter_image(const SlimTokensBackward& q, int64_t b, const Workspace& w) {
 template <class T>
 void normalise(const SlimTokens& p, const Scratch& s, int64_t b, int64_t first, int64_t rows,
                const Workspace& w) {
-  for (int64_t i = 0; i < rows; ++i) {
-    w.moments[i] = layer_norm(p, s.weights, token<T>(p, b, first + i),
-                              reinterpret_cast<Operand<T>*>(w.normal) + i * p.channels);
-  }
+  layer_norm<T>(p, s.weights, b, first, rows, reinterpret_cast<Operand<T>*>(w.normal), w.moments);
 }
 
 // The forward pass of a normalised tile once more, up to the logits; and what each weight's
@@ -147,7 +144,7 @@ void score(const SlimTokens& p, const Scratch& s, int64_t b, int64_t first, int6
 }
 
 TK_INLINE Floats weight_of(const float* logits, const float* lse, int lanes) {
-  return exp(load_some(logits, lanes) - load_some(lse, lanes));
+  return exp_below(load_some(logits, lanes) - load_some(lse, lanes));
 }
 
 void sum_shares(const SlimTokens& p, int64_t b, int64_t rows, const Workspace& w, float* totals) {
@@ -190,12 +187,14 @@ void softmax_backward(const SlimTokens& p, const Plan& plan, int64_t b, int64_t 
 
 // hidden_grad holds the gradient after the GELU, but for the scale; here it becomes that before the
 // GELU.
+template <class T>
 void gelu_backward(const SlimTokens& p, int64_t rows, const Workspace& w, const Sums& sums) {
   for_vectors(p.hidden, [&](int64_t j, int lanes) {
     Floats total = load_some(sums.b1 + j, lanes);
     for (int64_t i = 0; i < rows; ++i) {
       float* at = w.hidden_grad + i * p.hidden + j;
-      const Floats slope = gelu_slope(load_some(w.projected + i * p.hidden + j, lanes));
+      const Floats slope =
+          gelu_slope(load_some(w.projected + i * p.hidden + j, lanes), Operand<T>{});
       const Floats grad = load_some(at, lanes) * p.scale * slope;
       store_some(at, grad, lanes);
       total += grad;
@@ -255,7 +254,7 @@ void hidden_backward(const SlimTokens& p, const Scratch& s, int64_t rows, bool f
                  p.slots, hidden, words, sums.w2, hidden, !fresh);
   multiply<Kind>(Side::rows(w.shares, slots, rows, p.slots, w.shares, slots), s.w2, rows, hidden,
                  Kind::words(p.slots), w.hidden_grad, hidden, false);
-  gelu_backward(p, rows, w, sums);
+  gelu_backward<T>(p, rows, w, sums);
   multiply<Kind>(Side::columns(w.hidden_grad, hidden, rows, hidden, w.projected, hidden),
                  w.normal_packed, hidden, channels, words, sums.w1, channels, !fresh);
   multiply<Kind>(Side::rows(w.hidden_grad, hidden, rows, hidden, w.hidden_grad, hidden), s.w1, rows,
