@@ -134,43 +134,60 @@ struct Running {
   float* factor;  // what the sums made so far must be multiplied by
 };
 
-// scores[tokens, slots] becomes exp(scale · score + bias − maximum), zero for hidden tokens;
+// Some vectors of slots: scores become exp(scale · score + bias − maximum), zero for hidden tokens;
 // `running` takes the block in.
-inline void soften(float* scores, int64_t stride, int64_t tokens, int64_t slots, const Terms& terms,
-                   const Running& running) {
-  float* const before = running.factor;
-  each_vector(slots, [&](int64_t m, auto part) {
-    store(before + m, load(running.maximum + m, part), part);
-  });
+template <int Vectors, class Width>
+TK_INLINE void soften_slots(float* scores, int64_t stride, int64_t tokens, const Terms& terms,
+                            const Running& running, Width part) {
+  Floats before[Vectors], maxima[Vectors], safe[Vectors], totals[Vectors];
+  for (int v = 0; v < Vectors; ++v)
+    before[v] = maxima[v] = load(running.maximum + v * kLanes, part);
   for (int64_t n = 0; n < tokens; ++n) {
     if (terms.hidden(n)) continue;
     const float added = terms.added(n);
-    each_vector(slots, [&](int64_t m, auto part) {
-      const Floats score = load(scores + n * stride + m, part) * terms.scale + added;
-      store(running.maximum + m, max(load(running.maximum + m, part), score), part);
-    });
-  }
-  each_vector(slots, [&](int64_t m, auto part) {
-    const Floats maximum = load(running.maximum + m, part);
-    const Floats safe = select(maximum == kNegativeInfinity, splat(0.0f), maximum);
-    const Floats factor = exp(load(before + m, part) - safe);
-    store(running.factor + m, factor, part);
-    store(running.total + m, load(running.total + m, part) * factor, part);
-  });
-  for (int64_t n = 0; n < tokens; ++n) {
-    if (terms.hidden(n)) {
-      fill(scores + n * stride, slots, 0.0f);
-      continue;
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      const Floats score = load(scores + n * stride + v * kLanes, part) * terms.scale + added;
+      maxima[v] = max(maxima[v], score);
     }
-    const float added = terms.added(n);
-    each_vector(slots, [&](int64_t m, auto part) {
-      const Floats maximum = load(running.maximum + m, part);
-      const Floats safe = select(maximum == kNegativeInfinity, splat(0.0f), maximum);
-      const Floats weight = exp(load(scores + n * stride + m, part) * terms.scale + added - safe);
-      store(scores + n * stride + m, weight, part);
-      store(running.total + m, load(running.total + m, part) + weight, part);
-    });
   }
+  for (int v = 0; v < Vectors; ++v) {
+    safe[v] = select(maxima[v] == kNegativeInfinity, splat(0.0f), maxima[v]);
+    const Floats factor = exp_below(before[v] - safe[v]);
+    store(running.maximum + v * kLanes, maxima[v], part);
+    store(running.factor + v * kLanes, factor, part);
+    totals[v] = load(running.total + v * kLanes, part) * factor;
+  }
+  for (int64_t n = 0; n < tokens; ++n) {
+    const bool hidden = terms.hidden(n);
+    const float added = terms.added(n);
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      float* const at = scores + n * stride + v * kLanes;
+      if (hidden) {
+        store(at, splat(0.0f), part);
+        continue;
+      }
+      const Floats weight = exp_below(load(at, part) * terms.scale + added - safe[v]);
+      store(at, weight, part);
+      totals[v] += weight;
+    }
+  }
+  for (int v = 0; v < Vectors; ++v) store(running.total + v * kLanes, totals[v], part);
+}
+
+inline void soften(float* scores, int64_t stride, int64_t tokens, int64_t slots, const Terms& terms,
+                   const Running& running) {
+  constexpr int kTogether = 4;
+  const auto from = [&](int64_t m) {
+    return Running{running.maximum + m, running.total + m, running.factor + m};
+  };
+  int64_t m = 0;
+  for (; m + kTogether * kLanes <= slots; m += kTogether * kLanes)
+    soften_slots<kTogether>(scores + m, stride, tokens, terms, from(m), Whole{});
+  each_vector(slots - m, [&](int64_t i, auto part) {
+    soften_slots<1>(scores + m + i, stride, tokens, terms, from(m + i), part);
+  });
 }
 
 constexpr int64_t kGroupCols = kPanelGroup * kTileCols;
