@@ -190,6 +190,24 @@ inline void soften(float* scores, int64_t stride, int64_t tokens, int64_t slots,
   });
 }
 
+// The softmax of a block from its scores and the logarithm of the totals.
+inline void weigh(float* scores, int64_t stride, int64_t tokens, int64_t slots, const Terms& terms,
+                  const float* lse) {
+  for (int64_t n = 0; n < tokens; ++n) {
+    if (terms.hidden(n)) {
+      fill(scores + n * stride, slots, 0.0f);
+      continue;
+    }
+    const float added = terms.added(n);
+    each_vector(slots, [&](int64_t m, auto part) {
+      const Floats total = load(lse + m, part);
+      const Floats weight =
+          exp_below(load(scores + n * stride + m, part) * terms.scale + added - total);
+      store(scores + n * stride + m, select(total == kNegativeInfinity, splat(0.0f), weight), part);
+    });
+  }
+}
+
 constexpr int64_t kGroupCols = kPanelGroup * kTileCols;
 
 // Panels of the value (or key) rows of one block, cols ≤ kGroupCols; hidden tokens count as zero,
@@ -270,6 +288,16 @@ void divide(const float* sums, int64_t sums_stride, const float* total, int64_t 
     each_vector(cols, [&](int64_t c, auto part) {
       const Floats value = empty ? splat(0.0f) : load(sums + m * sums_stride + c, part) * inverse;
       store(out + m * out_stride + c, value, part);
+    });
+  }
+}
+
+template <class T>
+TK_INLINE void narrow_rows(const float* from, int64_t from_stride, int64_t rows, int64_t cols,
+                           T* to, int64_t to_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    each_vector(cols, [&](int64_t c, auto part) {
+      store(to + i * to_stride + c, load(from + i * from_stride + c, part), part);
     });
   }
 }

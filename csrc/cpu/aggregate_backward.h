@@ -12,7 +12,8 @@
 namespace tk::TK_ISA {
 namespace {
 
-constexpr int64_t kBackwardTokens = 128;
+constexpr int64_t kBackwardTokens = 256;
+constexpr int64_t kLeaveRows = 2 * kTileRows, kLeaveCols = 256;
 constexpr int64_t kScratchFloats =
     int64_t{4} << 20;  // score gradients, and query gradients, in flight: 16 MiB each
 
@@ -63,8 +64,7 @@ struct BackwardWorker {
   float* shares;      // (tokens, slots): gradient of the scores
   float* scores;      // (tokens, slots), unscaled, where the scale wants its gradient
   float* operand;     // (tokens, slots): weights or shares in another form
-  float* keys;    // (tokens, E) in float32, for halves; one panel of it where the slots come in one
-                  // block
+  float* keys;    // (tokens, E) in float32, for halves; one block of it where the slots come in one
   float* values;  // (tokens, C), the same
   float* stage;
 };
@@ -84,9 +84,11 @@ BackwardWorker backward_worker(const AggregateSoftBackward& p, const Cuts& cuts,
   w.shares = arena->floats(cuts.tokens * stride);
   w.scores = arena->floats(p.scale_grad ? cuts.tokens * stride : 0);
   w.operand = arena->floats(cuts.tokens * stride);
-  const bool one_block = cuts.slot_blocks == 1;
-  w.keys = arena->floats(halves ? cuts.tokens * (one_block ? kTileCols : p.E) : 0);
-  w.values = arena->floats(halves ? cuts.tokens * (one_block ? kTileCols : p.C) : 0);
+  const auto own = [&](int64_t width) {
+    return !halves ? 0 : cuts.slot_blocks == 1 ? kLeaveRows * kLeaveCols : cuts.tokens * width;
+  };
+  w.keys = arena->floats(own(p.E));
+  w.values = arena->floats(own(p.C));
   w.stage = arena->floats(halves ? cuts.tokens * kDepthBlock : 0);
   return w;
 }
@@ -105,8 +107,6 @@ void prepare(const AggregateSoftBackward& p, const Cuts& cuts, const BackwardWor
   if (*w.packed_gradient == number) return;
   const T* const gradient = rows_of<T>(p.gradient, image, slot);
   const T* const tokens = rows_of<T>(p.tokens, image, slot);
-  Product<T>::pack(gradient, p.gradient.row_stride, 1, slots, p.C, w.gradient);
-  Product<T>::pack(gradient, 1, p.gradient.row_stride, p.C, slots, w.gradient_t);
   for (int64_t m = 0; m < slots; ++m) {
     Floats total = splat(0.0f);
     each_vector(p.C, [&](int64_t c, auto part) {
@@ -115,24 +115,9 @@ void prepare(const AggregateSoftBackward& p, const Cuts& cuts, const BackwardWor
     });
     w.mean[m] = sum(total);
   }
+  Product<T>::pack(gradient, p.gradient.row_stride, 1, slots, p.C, w.gradient);
+  Product<T>::pack(gradient, 1, p.gradient.row_stride, p.C, slots, w.gradient_t);
   *w.packed_gradient = number;
-}
-
-// The softmax of a block from its scores and the logarithm of the totals.
-inline void weigh(float* scores, int64_t stride, int64_t tokens, int64_t slots, const Terms& terms,
-                  const float* lse) {
-  for (int64_t n = 0; n < tokens; ++n) {
-    if (terms.hidden(n)) {
-      fill(scores + n * stride, slots, 0.0f);
-      continue;
-    }
-    const float added = terms.added(n);
-    each_vector(slots, [&](int64_t m, auto part) {
-      const Floats total = load(lse + m, part);
-      const Floats weight = exp(load(scores + n * stride + m, part) * terms.scale + added - total);
-      store(scores + n * stride + m, select(total == kNegativeInfinity, splat(0.0f), weight), part);
-    });
-  }
 }
 
 // shares[tokens, slots], holding <value, gradient>, becomes the gradient of the scores: weight ·
@@ -168,18 +153,8 @@ TK_INLINE float* sums_of(void* output, int64_t row, int64_t width, float* own) {
   return sizeof(T) == 4 ? static_cast<float*>(output) + row * width : own;
 }
 
-template <class T>
-TK_INLINE void narrow_rows(const float* from, int64_t from_stride, int64_t rows, int64_t cols,
-                           T* to, int64_t to_stride) {
-  for (int64_t i = 0; i < rows; ++i) {
-    each_vector(cols, [&](int64_t c, auto part) {
-      store(to + i * to_stride + c, load(from + i * from_stride + c, part), part);
-    });
-  }
-}
-
 // sums[tokens, width] (+)= left · packed. Halves whose slots come in one block leave at once for
-// `out`, panel by panel.
+// `out`, a block after the other, each in runs that the caches like.
 template <class T>
 void add_rows(const Cuts& cuts, const Left& left, const float* packed, int64_t tokens,
               int64_t width, int64_t slots, float* sums, bool accumulate, T* out) {
@@ -188,10 +163,15 @@ void add_rows(const Cuts& cuts, const Left& left, const float* packed, int64_t t
   if (sizeof(T) == 4 || cuts.slot_blocks != 1) {
     return multiply<Kind>(left, packed, tokens, width, words, sums, width, accumulate);
   }
-  for (int64_t c = 0; c < width; c += kTileCols) {
-    const int64_t cols = smaller<int64_t>(width - c, kTileCols);
-    multiply<Kind>(left, packed + c * words, tokens, cols, words, sums, kTileCols, false);
-    narrow_rows(sums, kTileCols, tokens, cols, out + c, width);
+  const int64_t blocks = ceil_div(tokens, kLeaveRows);
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t row = tokens * i / blocks, rows = tokens * (i + 1) / blocks - row;
+    const Left part = {left.data + row * left.row_stride, left.row_stride, left.depth_stride};
+    for (int64_t c = 0; c < width; c += kLeaveCols) {
+      const int64_t cols = smaller(width - c, kLeaveCols);
+      multiply<Kind>(part, packed + c * words, rows, cols, words, sums, kLeaveCols, false);
+      narrow_rows(sums, kLeaveCols, rows, cols, out + row * width + c, width);
+    }
   }
 }
 
@@ -287,7 +267,11 @@ void add_query_panels(const AggregateSoftBackward& p, const Cuts& cuts, int64_t 
     const int64_t words = Kind::words(tokens);
     pack_tokens(rows_of<T>(p.key, image, first) + column, p.key.row_stride, tokens, cols,
                 terms_at(1.0f, {}, p.mask, image, first), packed);
+    const T* const next = rows_of<T>(p.key, image, first + tokens) + column;
+    const int64_t ahead = i + 1 < blocks ? smaller(p.N - first - tokens, cuts.tokens) : 0;
     for (int64_t c = 0; c < cols; c += kTileCols) {
+      const int64_t end = smaller(cols, c + kTileCols);
+      prefetch_rows(next, p.key.row_stride, ahead * c / cols, ahead * end / cols, cols);
       multiply_panel<Kind>({kept + i * cuts.tokens * cuts.stride, 1, cuts.stride},
                            packed + c * words, p.M, smaller<int64_t>(cols - c, kTileCols), words,
                            sums + (column + c) * p.M, kTileCols, true);
