@@ -72,13 +72,13 @@ TK_INLINE __m256i narrow(Floats value, Half) {
   return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
 }
 
+TK_INLINE __m256i narrow(Floats value, BFloat16) {
 #if defined(__AVX512BF16__)
-// Denormals become zero.
-TK_INLINE __m256i narrow(Floats value, BFloat16) {
-  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
-}
-#else
-TK_INLINE __m256i narrow(Floats value, BFloat16) {
+  // The instruction takes denormals for zeros.
+  constexpr int kDenormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask(value, kDenormal) == 0, 1))
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
+#endif
   const __m512i bits = reinterpret_cast<__m512i>(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
@@ -86,7 +86,6 @@ TK_INLINE __m256i narrow(Floats value, BFloat16) {
   const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
 }
-#endif
 
 template <class T>
 TK_INLINE Floats load(const T* from) {

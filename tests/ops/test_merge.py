@@ -26,6 +26,16 @@ def test_one_gather_unmerges() -> None:
     assert torch.equal(dense.tokens.gather(1, dense.index[:, :, None].expand(-1, -1, 8)), x)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tokens_that_stay_keep_their_bits(dtype: torch.dtype) -> None:
+    numbers = torch.arange(-0x7C00, 0x7C00, dtype=torch.int16).view(dtype)  # denormals among them
+    x = numbers[numbers.isfinite()][: 64 * 900].reshape(1, 900, -1)
+    runs = tk.merge_runs(x, 2.0).tokens
+    windows = tk.merge_adjacent(x, (30, 30), (2, 2), num_windows=0).tokens
+    assert torch.equal(runs.view(torch.int16), x[0].view(torch.int16))
+    assert torch.equal(windows.view(torch.int16), x.view(torch.int16))
+
+
 def test_an_index_outside_the_gradient_is_refused() -> None:
     grad, index = torch.ones(3, 4), torch.tensor([[0, 1, 3]])
     if _native.WHY_NOT is None:
