@@ -125,10 +125,10 @@ def test_every_public_function_is_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "number"), [(op, n) for op in OPS.values() for n in range(len(op.bad))]
+    ("op", "number"), [(op, n) for op in OPS.values() for n in range(len(op.refused))]
 )
 def test_bad_arguments_are_refused_in_the_same_words(op: Op, number: int) -> None:
-    change, error, pattern = op.bad[number]
+    change, error, pattern = op.refused[number]
     kwargs = op.cases[0].kwargs(torch.float32)
     changed = tree_map(to_numpy, kwargs | change(kwargs))
     with pytest.raises(error, match=pattern.split(": allowed")[0]):

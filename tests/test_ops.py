@@ -19,6 +19,7 @@ from trial import (
     batched_case,
     every_case,
     every_op,
+    fresh,
     repeated,
     rows_of,
     run,
@@ -169,6 +170,8 @@ def test_gradient(op: Op, case: Case, backend: str) -> None:
 
 def _with_threads(op: Op, draw: Callable[[], dict[str, Any]], backend: str) -> None:
     """Results and gradients are the same bits with one thread, two and three."""
+    if DEVICE == "cuda":
+        pytest.skip("a GPU has no threads of the host")
     before, found = torch.get_num_threads(), []
     drawn = [(draw(), draw()) for _ in range(3)]  # by torch, whose own sums depend on the threads
     try:
@@ -201,7 +204,7 @@ def test_threads_do_not_matter_where_there_is_work_for_all(op: Op, backend: str)
         pytest.skip("tried as the gradient of another op")
 
 
-bad_entries = [(op, number) for op in OPS.values() for number in range(len(op.bad))]
+bad_entries = [(op, number) for op in OPS.values() for number in range(len(op.refused))]
 
 
 @pytest.mark.parametrize(
@@ -209,14 +212,42 @@ bad_entries = [(op, number) for op in OPS.values() for number in range(len(op.ba
 )
 @pytest.mark.parametrize("backend", [None, "reference", "native"])
 def test_errors(op: Op, number: int, backend: str | None) -> None:
-    change, error, pattern = op.bad[number]
+    change, error, pattern = op.refused[number]
     kwargs = arguments(op, op.cases[0])
+    if DEVICE == "cuda" and backend != "reference" and number >= len(op.bad):
+        pytest.skip("looking at values would wait for the GPU")
     if backend == "reference" and "reference" in pattern:
         pytest.skip("the reference takes this one")
     if backend == "native" and op.why_not("native", DEVICE):
         pytest.skip(op.why_not("native", DEVICE))
     with pytest.raises(error, match=pattern):
         op.run(kwargs | change(kwargs), backend)
+
+
+bad_values = [(op, number) for op in OPS.values() for number in range(len(op.bad_values))]
+
+
+@pytest.mark.parametrize(
+    ("op", "number"), bad_values, ids=[f"{op.name}-{n}" for op, n in bad_values]
+)
+@pytest.mark.parametrize("backend", [b for b in MAIN if b in ("native", "triton")])
+def test_errors_in_values_are_passed_over_where_nobody_looks(
+    op: Op, number: int, backend: str
+) -> None:
+    """What is right beside them is as it would be without."""
+    bad, kwargs = op.bad_values[number], arguments(op, op.cases[0])
+    change = bad.change(kwargs)
+    got = run(op, fresh(kwargs) | change, backend)
+    if bad.instead is not None:
+        assert_same_bits(got, run(op, kwargs | bad.instead(kwargs), backend))
+        return
+    options = {name: value for name, value in change.items() if not tensors_in(value)}
+    want = run(op, fresh(kwargs) | options, backend)
+    for image in range(batch_size(op, kwargs) if set(change) <= {*op.batch, *options} else 0):
+        here = slice(image, image + 1)
+        rows = rows_of(op, kwargs, here), rows_of(op, kwargs | change, here)
+        if all(map(torch.equal, *map(tensors_in, rows))):
+            assert_same_bits([t[here] for t in got], [t[here] for t in want])
 
 
 @pytest.mark.parametrize("backend", ["cpu", ["native"]], ids=["unknown", "list"])

@@ -13,6 +13,20 @@ Bad = tuple[Callable[[dict[str, Any]], dict[str, Any]], type[Exception], str]
 """What to change in the arguments of an op's first case, the exception that follows, its words."""
 
 
+@dataclass(frozen=True)
+class BadValues:
+    """Integers that are refused with a ValueError, but for where looking at them would wait for a
+    GPU: there nothing is accessed out of bounds, and each wrong entry is passed over.
+    """
+
+    change: Callable[[dict[str, Any]], dict[str, Any]]
+    words: str
+    instead: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    """What changes a call into a good one that gives what the GPU then gives; without it, at least
+    the images whose arguments are as they were give what they gave.
+    """
+
+
 class Make:
     """Draws tensors for one case; floating values are rounded to the dtype under test."""
 

@@ -18,7 +18,7 @@ from torch import library
 from torch.utils._pytree import tree_map
 
 from . import _native, checks
-from ._case import Bad, Case, Make, close, no_worse
+from ._case import Bad, BadValues, Case, Make, close, no_worse
 
 __all__ = ["OPS", "Case", "Make", "Op", "autocast", "close", "tensors_in"]
 
@@ -63,6 +63,7 @@ class Op:
     cases: list[Case]
     function: Callable[..., Any] | None = None
     bad: list[Bad] = field(default_factory=list)
+    bad_values: list[BadValues] = field(default_factory=list)
     cost: Callable[[dict[str, Any]], tuple[float, float]] = _zero_cost
     length: Callable[[dict[str, Any]], float] = lambda kwargs: 1
     gradient_length: Callable[[dict[str, Any]], float] | None = None
@@ -81,6 +82,8 @@ class Op:
     """Whether autocast reaches this op; False where rows move as bytes."""
     launches: Callable[[dict[str, Any]], tuple[int, int]] | None = None
     """The most launches a call takes on a GPU, forward and backward; a memset or a copy counts."""
+    waits: Callable[[dict[str, Any]], int] = lambda kwargs: 0
+    """How often a call waits for a GPU: once where values on it decide how many rows there are."""
     sizes: tuple[str, ...] = ()
     """The integer arguments that decide a shape: test_ops_torch varies them."""
 
@@ -103,6 +106,11 @@ class Op:
                 if chosen:
                     self.overloads[backend, device] = self._kinds[chosen]
         OPS[self.name] = self
+
+    @property
+    def refused(self) -> list[Bad]:
+        """All calls that raise on a CPU."""
+        return self.bad + [(one.change, ValueError, one.words) for one in self.bad_values]
 
     def _define(self, kind: str, name: str, arguments: str) -> None:
         LIB.define(name + arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._case import Bad, Case, Make
+from .._case import Bad, BadValues, Case, Make
 
 
 def _simple(shape: tuple[int, ...], codes: int, low: int = 0, **options: Any) -> Any:
@@ -61,8 +61,6 @@ CASES = [
 BAD: list[Bad] = [
     (lambda kw: {"K": 0}, ValueError, "accumulate_codes: K: allowed 1"),
     (lambda kw: {"K": 2.0}, TypeError, "accumulate_codes: K: allowed an int"),
-    (lambda kw: {"K": 3}, ValueError, "accumulate_codes: index: allowed -1"),
-    (lambda kw: {"index": kw["index"] - 2}, ValueError, "accumulate_codes: index: allowed -1"),
     (
         lambda kw: {"index": kw["index"][1:]},
         ValueError,
@@ -80,4 +78,23 @@ BAD: list[Bad] = [
     ),
     (lambda kw: {"x": kw["x"].double()}, TypeError, 'backend="reference"'),
     (lambda kw: {"grouped": 1}, TypeError, "accumulate_codes: grouped: allowed True, False"),
+]
+
+_REFUSED = "accumulate_codes: index: allowed -1"
+BAD_VALUES = [
+    BadValues(
+        lambda kw: {"K": 3},
+        _REFUSED,
+        lambda kw: {"K": 3, "index": kw["index"].where(kw["index"] < 3, -1)},
+    ),
+    BadValues(
+        lambda kw: {"index": kw["index"] - 2},
+        _REFUSED,
+        lambda kw: {"index": (kw["index"] - 2).clamp(min=-1)},
+    ),
+    BadValues(
+        lambda kw: {"index": kw["index"] + 2**40 * (kw["index"] % 2)},
+        _REFUSED,
+        lambda kw: {"index": kw["index"].where(kw["index"] % 2 == 0, -1)},
+    ),
 ]

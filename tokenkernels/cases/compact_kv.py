@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._case import Bad, Case, Make
+from .._case import Bad, BadValues, Case, Make
 
 
 def _kept(t: Make, tokens: int, count: int) -> Tensor:
@@ -234,24 +234,7 @@ def launches(kwargs: dict[str, Any]) -> tuple[int, int]:
     return 1 + -(-integers // 256) + copies, 0
 
 
-def _first_index(kwargs: dict[str, Any], value: int) -> dict[str, Any]:
-    """The last row of the index, which is full, with another first entry."""
-    index = kwargs["index"].clone()
-    index[-1, 0] = value
-    return {"index": index}
-
-
-_BAD_INDEX = "compact_kv_?: index: allowed ascending positions below the length"
 BAD: list[Bad] = [
-    (lambda kw: _first_index(kw, 24), ValueError, _BAD_INDEX),
-    (lambda kw: _first_index(kw, -1), ValueError, _BAD_INDEX),
-    (lambda kw: _first_index(kw, -7), ValueError, _BAD_INDEX),
-    (lambda kw: _first_index(kw, 2**40), ValueError, _BAD_INDEX),
-    (lambda kw: {"index": kw["index"].flip(-1)}, ValueError, _BAD_INDEX),
-    (lambda kw: {"index": kw["index"].clamp(min=3)}, ValueError, _BAD_INDEX),
-    (lambda kw: {"lengths": kw["lengths"] - 12}, ValueError, _BAD_INDEX),
-    (lambda kw: {"lengths": kw["lengths"] + 12}, ValueError, "compact_kv_?: lengths: allowed 0"),
-    (lambda kw: {"lengths": -kw["lengths"]}, ValueError, "compact_kv_?: lengths: allowed 0"),
     (lambda kw: {"lengths": kw["lengths"][1:]}, ValueError, "compact_kv: lengths: allowed shape"),
     (
         lambda kw: {"lengths": kw["lengths"].float()},
@@ -312,13 +295,6 @@ BAD: list[Bad] = [
         "compact_kv: rope: allowed one pos",
     ),
     (
-        lambda kw: {
-            "rope": (torch.ones(8, device=kw["index"].device), kw["index"], kw["index"] + 2**31)
-        },
-        ValueError,
-        "positions of 32 bits",
-    ),
-    (
         lambda kw: {"rope": kw["index"]},
         ValueError,
         "compact_kv: rope: allowed .inv_freq, old_positions, new_positions",
@@ -348,6 +324,48 @@ BAD_IN_PLACE: list[Bad] = [
         lambda kw: {"index": torch.cat([kw["index"]] * 3, 1)},
         ValueError,
         "at most T = 30 entries in place",
+    ),
+]
+
+
+def _of_last(name: str, change: Callable[[Any], Any]) -> Any:
+    """The last image's index, which is full, or length, changed."""
+
+    def changed(kwargs: dict[str, Any]) -> dict[str, Any]:
+        rows = kwargs[name].clone()
+        rows[-1] = change(rows[-1])
+        return {name: rows}
+
+    return changed
+
+
+def _starting(value: int) -> Any:
+    """The last image's index with another first entry."""
+    return _of_last("index", lambda row: torch.cat((torch.full_like(row[:1], value), row[1:])))
+
+
+def _repeated(entry: int) -> Any:
+    """The last image's index of one entry only, to be filled up: every slot looks for a hole."""
+    row = _of_last("index", lambda row: torch.full_like(row, entry))
+    return lambda kwargs: row(kwargs) | {"order": "fill"}
+
+
+_BAD_INDEX = "compact_kv_?: index: allowed ascending positions below the length"
+_BAD_LENGTH = "compact_kv_?: lengths: allowed 0"
+BAD_VALUES = [
+    *(BadValues(_starting(value), _BAD_INDEX) for value in (24, -1, -7, 2**40)),
+    BadValues(_of_last("index", lambda row: row.flip(-1)), _BAD_INDEX),
+    BadValues(_of_last("index", lambda row: row.clamp(min=3)), _BAD_INDEX),
+    *(BadValues(_repeated(entry), _BAD_INDEX) for entry in (0, 3, 11)),
+    BadValues(_of_last("lengths", lambda length: length - 12), _BAD_INDEX),
+    BadValues(_of_last("lengths", lambda length: length + 12), _BAD_LENGTH),
+    BadValues(_of_last("lengths", lambda length: -length), _BAD_LENGTH),
+    BadValues(_of_last("lengths", lambda length: length + 2**40), _BAD_LENGTH),
+    BadValues(
+        lambda kw: {
+            "rope": (torch.ones(8, device=kw["index"].device), kw["index"], kw["index"] + 2**31)
+        },
+        "positions of 32 bits",
     ),
 ]
 

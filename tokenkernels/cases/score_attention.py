@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._case import Bad, Case, Make
+from .._case import Bad, BadValues, Case, Make
 
 
 def _tokens(
@@ -239,19 +240,6 @@ BAD: list[Bad] = [
         "query_positions: allowed shape .3, 1.",
     ),
     (
-        lambda kw: {
-            "causal": True,
-            "query_positions": kw["key"].new_full((3, 1), -2, dtype=torch.int64),
-        },
-        ValueError,
-        "key_lengths, query_positions: allowed 0 … N and at least -1",
-    ),
-    (
-        lambda kw: {"key_lengths": kw["key"].new_tensor([50, 51, 0], dtype=torch.int64)},
-        ValueError,
-        "key_lengths, query_positions: allowed 0 … N",
-    ),
-    (
         lambda kw: {"key_lengths": kw["key"].new_ones(3, dtype=torch.float32)},
         TypeError,
         "key_lengths: allowed a tensor of int64, int32",
@@ -274,4 +262,26 @@ BAD: list[Bad] = [
     (lambda kw: {"reduce": ("max", "sum")}, ValueError, "reduce: allowed"),
     (lambda kw: {"pool": 4}, ValueError, "pool: allowed an odd number, got 4"),
     (lambda kw: {"pool": 0}, ValueError, "pool: allowed 1"),
+]
+
+
+def _causal(*positions: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """With these positions of the one row of each image."""
+
+    def change(kwargs: dict[str, Any]) -> dict[str, Any]:
+        rows = kwargs["key"].new_tensor(positions, dtype=torch.int64)
+        return {"causal": True, "query_positions": rows[:, None]}
+
+    return change
+
+
+def _lengths(*lengths: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda kwargs: {"key_lengths": kwargs["key"].new_tensor(lengths, dtype=torch.int64)}
+
+
+_REFUSED = "key_lengths, query_positions: allowed 0 … N and at least -1"
+BAD_VALUES = [
+    BadValues(_causal(-2, 7, -(2**40)), _REFUSED, _causal(-1, 7, -1)),
+    BadValues(_lengths(50, 51, 0), _REFUSED, _lengths(50, 0, 0)),
+    BadValues(_lengths(-1, 2**40, 20), _REFUSED, _lengths(0, 0, 20)),
 ]

@@ -92,6 +92,7 @@ OP = Op(
     function=accumulate_codes,
     cases=cases.CASES,
     bad=cases.BAD,
+    bad_values=cases.BAD_VALUES,
     cost=cases.cost,
     length=lambda kwargs: kwargs["index"].numel(),
     launches=lambda kwargs: (4, 0),

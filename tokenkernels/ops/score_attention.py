@@ -232,6 +232,7 @@ OP = Op(
     function=score_attention,
     cases=cases.CASES,
     bad=cases.BAD,
+    bad_values=cases.BAD_VALUES,
     cost=cases.cost,
     length=lambda kwargs: max(kwargs["query"].shape[2:] + kwargs["key"].shape[2:]),
     batch=("query", "key", "query_positions", "key_lengths", "lse", "row_weights"),

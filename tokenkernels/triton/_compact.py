@@ -68,7 +68,7 @@ def moves_from(
 
     Slot after slot; filling in place, entry after entry: those behind the first `stays` find holes.
     The n-th hole is slot n + the number of entries that stay before it. An entry out of order or
-    out of range moves nothing, and none moves upwards.
+    out of range moves nothing, and none moves upwards; among such, a hole may lie behind the last.
     """
     index, limit, kept, stays = rows
     entry = first + tl.arange(0, ROWS)
@@ -77,7 +77,7 @@ def moves_from(
         before = count_below(index, stays, slot, 0)
         stay = tl.load(index[0] + before * index[1], before < stays, -1) == slot
         entry = tl.where(stay, before, stays + slot - before)
-        here &= slot < kept
+        here &= (slot < kept) & (entry < kept)
     at = index[0] + entry * index[1]
     found = tl.load(at, here, -1)
     previous = tl.load(at - index[1], here & (entry > 0), -1)
