@@ -21,12 +21,10 @@ class CMakeBuild(build_ext):
         if os.environ.get("TOKENKERNELS_NATIVE", "ON").upper() == "OFF" or not shutil.which("c++"):
             print("tokenkernels: no native build (no C++ compiler, or TOKENKERNELS_NATIVE=OFF)")
             return
+        build = Path(os.environ.get("TOKENKERNELS_BUILD", ROOT / "build" / "cmake")).resolve()
         output = (
-            ROOT / "tokenkernels"
-            if self.inplace
-            else Path(self.build_lib).resolve() / "tokenkernels"
+            build / "objects" if self.inplace else Path(self.build_lib).resolve() / "tokenkernels"
         )
-        build = Path(os.environ.get("TOKENKERNELS_BUILD", ROOT / "build" / "cmake"))
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}", f"-DTOKENKERNELS_OUTPUT={output}",
@@ -37,9 +35,18 @@ class CMakeBuild(build_ext):
         }
         subprocess.run(configure, check=True, env=environment)
         subprocess.run(["cmake", "--build", str(build)], check=True, env=environment)
+        if self.inplace:
+            for built in output.glob("*.so"):
+                _replace(built, ROOT / "tokenkernels" / built.name)
 
     def get_outputs(self) -> list[str]:
         return []
+
+
+def _replace(built: Path, target: Path) -> None:
+    """Puts a whole object in place at once: others may be loading it."""
+    shutil.copy2(built, target.with_suffix(".new"))
+    os.replace(target.with_suffix(".new"), target)
 
 
 setup(
