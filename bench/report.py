@@ -10,21 +10,15 @@ import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table as RichTable
+from typing import TYPE_CHECKING, Any
 
 from bench import tables
 from bench.tables import Result, Row, Table
+
+if TYPE_CHECKING:  # where pages are written, nothing need be there to draw on a terminal
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table as RichTable
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; color: #222; }
@@ -47,18 +41,22 @@ EXPLANATION = (
 
 
 def console() -> Console:
+    from rich.console import Console
+
     return Console(width=None if Console().is_terminal else 180)
 
 
 def progress(on: Console) -> Progress:
+    from rich import progress as bar
+
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        bar.TextColumn("{task.description}"),
+        bar.BarColumn(),
+        bar.MofNCompleteColumn(),
+        bar.TimeElapsedColumn(),
+        bar.TimeRemainingColumn(),
     )
-    return Progress(*columns, console=on, transient=True)
+    return bar.Progress(*columns, console=on, transient=True)
 
 
 def headline(result: Result) -> str:
@@ -93,6 +91,8 @@ def line(cell: str, rows: list[Row]) -> str:
 
 
 def drawn(table: Table) -> RichTable:
+    from rich.table import Table as RichTable
+
     rich = RichTable(title=table.title, title_justify="left")
     for place, column in enumerate(table.columns):
         rich.add_column(column, justify="right" if table.is_number(place) else "left")
