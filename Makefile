@@ -49,7 +49,7 @@ bench: build
 
 # No environment is made here: such machines bring their own, and often have no network.
 gpu:
-	PYTHONPATH=.:python $(PYTHON) -m bench.gpu --budget $(or $(BUDGET),540) --only "$(ONLY)" --out "$(OUT)"
+	PYTHONPATH=.:python:$$PYTHONPATH $(PYTHON) -m bench.gpu --budget $(or $(BUDGET),540) --only "$(ONLY)" --out "$(OUT)"
 
 test: build
 	$(if $(filter sanitize,$(VARIANT)),$(PRELOAD) $(RUN) -m pytest $(SANITIZED),$(RUN) -m pytest)

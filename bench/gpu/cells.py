@@ -66,18 +66,25 @@ def measure(cell: Cell, roof: dict[str, Any], seconds: float, compiled: bool) ->
             verdict = judge(cell, contender, kwargs, known)
             row.failed, row.left_out = verdict.failed, verdict.left_out
             if not (row.failed or row.left_out):
-                copies = [kwargs] if cell.gradient else timing.rotated(kwargs)
+                copies = timing.rotated(kwargs)
                 calls[row.contender] = [prepared(cell, k, contender.function) for k in copies]
         del known
         moved, flops = (0.0, 0.0) if cell.gradient else cell.op.cost(kwargs)
-        took = timing.in_turns(calls, seconds) if calls else {}
+        failed: dict[str, str] = {}
+        took = timing.in_turns(calls, seconds, failed)
     limit = _limit(roof, moved, written, flops, str(cell.dtype).removeprefix("torch."))
+    for row in rows:
+        row.failed = row.failed or failed.get(row.contender, "")
     fill_in(rows, took, moved, flops, limit)
     return rows
 
 
 def _limit(roof: dict[str, Any], moved: float, written: float, flops: float, dtype: str) -> float:
-    """Milliseconds that bytes or arithmetic need at least, by what was measured on this GPU."""
+    """Milliseconds that bytes or arithmetic need at least, by what was measured on this GPU; 0
+    where nothing was.
+    """
+    if not roof:
+        return 0.0
     copied = min(moved, 2 * min(written, moved))
     memory = roofs.seconds_at(roof, "copy", copied) if copied else 0.0
     memory += roofs.seconds_at(roof, "read", moved - copied) if moved > copied else 0.0

@@ -16,8 +16,10 @@ def write(folder: Path) -> str:
     cells = store.load([folder / "gpu.jsonl"])
     tables = [*machine(cells), *tests(cells), *ops(cells), *models(cells), *failed(cells)]
     tables = [table for table in tables if table.rows]
-    (folder / "gpu.json").write_text(json.dumps(cells, indent=1) + "\n")
-    (folder / "gpu.html").write_text(drawing.page("What one GPU told.", tables, [], []))
+    page = drawing.page("What one GPU told.", tables, [], [])
+    for name, content in (("gpu.json", json.dumps(cells, indent=1) + "\n"), ("gpu.html", page)):
+        (folder / f"{name}.new").write_text(content)
+        (folder / f"{name}.new").replace(folder / name)
     return "\n".join(text(table) for table in tables) + f"\nWritten: {folder}/gpu.json, gpu.html"
 
 
@@ -51,14 +53,23 @@ def machine(cells: list[store.Cell]) -> list[Table]:
 
 
 def tests(cells: list[store.Cell]) -> list[Table]:
-    lines = []
+    """A line per op and part of its tests, whose shares are added up."""
+    sums: dict[str, dict[str, int]] = {}
+    problems: dict[str, list[str]] = {}
     for cell in cells:
         if cell["section"] == "test":
+            name = cell["cell"].rsplit(" ", 1)[0]
+            total = sums.setdefault(name, dict.fromkeys(("tests", "passed", "skipped"), 0))
+            for key in total:
+                total[key] += cell.get(key, 0)
             failed = list(cell.get("failed") or {})
-            counts = [str(cell.get(key, "")) for key in ("tests", "skipped")]
-            first = cell.get("error", "") + (f": {failed[0]}" if failed else "")
-            lines.append([cell["cell"], *counts, first[:110]])
-    return [Table("Tests", ["op", "tests", "skipped", "problem"], lines)]
+            if cell.get("error"):
+                problems.setdefault(name, []).append(f"{cell['error']} {''.join(failed[:1])}")
+    lines = [
+        [name, *map(str, total.values()), "; ".join(problems.get(name, []))[:110]]
+        for name, total in sums.items()
+    ]
+    return [Table("Tests", ["op", "tests", "passed", "skipped", "problem"], lines)]
 
 
 def ops(cells: list[store.Cell]) -> list[Table]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -60,5 +61,5 @@ def _products(device: str, seconds: float) -> dict[str, float]:
 def seconds_at(roof: dict[str, Any], kind: str, moved: float) -> float:
     """Seconds that moving so many bytes takes at the measured rate of the nearest size."""
     rates = roof[kind]
-    nearest = min(rates, key=lambda size: abs(float(size) - moved))
+    nearest = min(rates, key=lambda size: abs(math.log(float(size) / moved)))
     return moved / rates[nearest]

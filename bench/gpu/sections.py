@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import gc
 import shutil
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.gpu import cells, roofs, store, tests, timing
+from bench.gpu import cells, roofs, store, tests, timing, warm
+
+HUNG = 75.0
+"""Seconds after which a cell is taken for hung, and the process ends: it may compile ten kernels,
+or peers.
+"""
 
 
 class Job:
@@ -22,7 +31,7 @@ class Job:
         self.words, self.dry = options.words, options.dry_run
         self.folder = Path(options.out)
         self.until = time.monotonic() + options.seconds
-        self.store = store.Store(self.folder, options.section)
+        self.store = store.Store(self.folder, options.section, options.since)
 
     def left(self) -> float:
         return self.until - time.monotonic()
@@ -30,13 +39,41 @@ class Job:
     def wants(self, cell: str) -> bool:
         return all(word in cell for word in self.words)
 
+    def attempt(self, cell: str, state: str, run: Callable[[], dict[str, Any]]) -> None:
+        """One cell, whatever becomes of it. Its line stands before it is tried, so that a process
+        that dies of it or hangs is not led there again.
+        """
+        self.store.add(cell, state, error=store.BEGUN)
+        faulthandler.dump_traceback_later(HUNG, exit=True)
+        try:
+            content = run()
+        except Exception as error:  # the next cell may do better
+            traceback.print_exc()
+            content = {"error": f"{type(error).__name__}: {error}"[:300]}
+        faulthandler.cancel_dump_traceback_later()
+        self.store.add(cell, state, **content)
+        problems = [row.get("failed") or "" for row in content.get("rows") or []]
+        if any(map(timing.is_fatal, [content.get("error") or "", *problems])):
+            raise SystemExit("CUDA gives nothing but errors in this process any more")
+        gc.collect()
+        if timing.has_gpu():
+            torch.cuda.empty_cache()
+
 
 def machine(job: Job) -> None:
     """Facts, what doctor says, and the measured roofs."""
+    state = store.digest(["bench/gpu/roofs.py", "bench/gpu/timing.py"])
+    job.attempt("facts", state, _facts)
+    if not job.store.has("roofs", state):
+        seconds = min(25.0, job.left() / 2)
+        job.attempt("roofs", state, lambda: {"roof": roofs.measure(seconds)})
+
+
+def _facts() -> dict[str, Any]:
     from bench import machine as facts
     from tokenkernels import _native
+    from tokenkernels.__main__ import _cuda
 
-    state = store.digest(["bench/gpu/roofs.py", "bench/gpu/timing.py"])
     gpu: dict[str, Any] = {}
     if timing.has_gpu():
         properties = torch.cuda.get_device_properties(0)
@@ -50,21 +87,12 @@ def machine(job: Job) -> None:
                 "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
             ),
         }
-    native = {"loads": _native.WHY_NOT is None, "why_not": _native.WHY_NOT, "cuda": _filled()}
-    job.store.add("facts", state, facts=facts.facts(), gpu=gpu, native=native)
-    if not job.store.has("roofs", state):
-        job.store.add("roofs", state, roof=roofs.measure(min(25.0, job.left() / 2)))
-
-
-def _filled() -> str:
-    """Whether the CUDA code of the native object runs here."""
-    from tokenkernels.__main__ import _cuda
-
-    return _cuda()
+    native = {"loads": _native.WHY_NOT is None, "why_not": _native.WHY_NOT, "cuda": _cuda()}
+    return {"facts": facts.facts(), "gpu": gpu, "native": native}
 
 
 def test(job: Job) -> None:
-    """The registry's tests on this device, the ops side by side; kernels compile in parallel so."""
+    """The registry's tests on this device, many side by side; kernels compile in parallel so."""
     tests.run(job.store, job.wants, job.left(), job.dry)
 
 
@@ -80,40 +108,48 @@ def compiled(job: Job) -> None:
 
 def _measured(job: Job, compiled: bool) -> None:
     roof = _roof(job)
-    todo = [cell for cell in cells.ordered(job.dry) if job.wants(str(cell))]
-    for number, cell in enumerate(todo):
-        state = store.digest(store.depends(cell.op.name))
-        if job.store.has(str(cell), state):
-            continue
+    todo = [
+        (cell, state)
+        for cell in cells.ordered(job.dry)
+        for state in [store.digest(store.depends(cell.op.name))]
+        if job.wants(str(cell)) and not job.store.has(str(cell), state)
+    ]
+    if todo and not (compiled or job.dry):
+        warm.all_cores([str(cell) for cell, _ in todo], min(120.0, job.left() / 3))
+    for number, (cell, state) in enumerate(todo):
         if job.left() < 3:
             print(f"no time left for {len(todo) - number} cells", flush=True)
             return
         seconds = max(0.3, min(3.0, job.left() / (len(todo) - number) / 3))
-        try:
-            rows = [asdict(row) for row in cells.measure(cell, roof, seconds, compiled)]
-            job.store.add(str(cell), state, rows=rows)
-        except Exception as error:  # the next cell may do better
-            traceback.print_exc()
-            job.store.add(str(cell), state, error=f"{type(error).__name__}: {error}"[:300])
-            if "CUDA error" in str(error):
-                raise  # nothing runs in this process any more
+
+        def rows(cell: Any = cell, seconds: float = seconds) -> dict[str, Any]:
+            return {"rows": [asdict(row) for row in cells.measure(cell, roof, seconds, compiled)]}
+
+        job.attempt(str(cell), state, rows)
 
 
 def _roof(job: Job) -> dict[str, Any]:
-    for cell in store.before(job.folder):
-        if cell["cell"] == "roofs":
+    """As measured before; without one, cells go without a limit."""
+    for cell in store.load([job.folder / "gpu.jsonl"]):
+        if cell["cell"] == "roofs" and cell.get("roof"):
             return dict(cell["roof"])
-    return roofs.measure(min(10.0, job.left() / 4))
+    return {}
 
 
 def sanitizer(job: Job) -> None:
     """compute-sanitizer over the native object's CUDA code, where the tool is and works."""
+    from tokenkernels.__main__ import _cuda
+
     state = store.digest(["csrc/cuda/*", "bench/gpu/sections.py"])
+    here = _cuda()
     if shutil.which("compute-sanitizer") is None:
-        job.store.add("sanitizer", state, result="unavailable: no compute-sanitizer in PATH")
+        here = "no compute-sanitizer in PATH"
+    elif here == "runs on this GPU":
+        for tool in ("memcheck", "racecheck"):
+            seconds = min(90.0, job.left() / 2)
+            job.store.add(f"sanitizer {tool}", state, **tests.sanitized(tool, seconds))
         return
-    for tool in ("memcheck", "racecheck"):
-        job.store.add(f"sanitizer {tool}", state, **tests.sanitized(tool, min(90, job.left())))
+    job.store.add("sanitizer", state, result=f"unavailable: {here}")
 
 
 def models(job: Job) -> None:
@@ -126,11 +162,11 @@ def models(job: Job) -> None:
             continue
         if job.left() < 3:
             return
-        try:
-            job.store.add(name, state, records=run())
-        except Exception as error:  # the next model may do better
-            traceback.print_exc()
-            job.store.add(name, state, error=f"{type(error).__name__}: {error}"[:300])
+        job.attempt(name, state, partial(_recorded, run))
+
+
+def _recorded(run: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:
+    return {"records": run()}
 
 
 def main() -> None:
@@ -140,6 +176,7 @@ def main() -> None:
     )
     parser.add_argument("words", nargs="*")
     parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--since", type=float, required=True, help="when the whole run began")
     parser.add_argument("--out", required=True)
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()

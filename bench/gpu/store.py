@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import subprocess
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).parents[2]
 Cell = dict[str, Any]
+BEGUN = "begun and never ended"
 
 
 def results_folder(dry: bool = False) -> Path:
     """`bench/results/<gpu>`; where there is none, a folder that is not kept."""
-    if dry or not torch.cuda.is_available():
+    try:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        name = done.stdout.splitlines()[0].lower().removeprefix("nvidia ")
+    except (OSError, subprocess.SubprocessError, IndexError):
+        name = ""
+    if dry or not name:
         return ROOT / "bench" / "out" / "gpu"
-    name = torch.cuda.get_device_name().lower().removeprefix("nvidia ")
     return ROOT / "bench" / "results" / re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
@@ -38,6 +44,7 @@ def depends(op: str) -> list[str]:
     family = op.removesuffix("_").removesuffix("_backward")
     return [
         "tokenkernels/triton/_*.py",
+        "tokenkernels/ops/_*.py",
         f"tokenkernels/*/{family}*.py",
         f"csrc/cuda/{family}*",
         "csrc/cuda/*.cuh",
@@ -47,27 +54,33 @@ def depends(op: str) -> list[str]:
 
 
 class Store:
-    """Appends cells to FOLDER/gpu.jsonl, and knows those that are there or were committed."""
+    """Appends cells to FOLDER/gpu.jsonl, and knows those that need not be tried: done before, or
+    failed `since` this run began.
+    """
 
-    def __init__(self, folder: Path, section: str) -> None:
+    def __init__(self, folder: Path, section: str, since: float = float("inf")) -> None:
         self.path, self.section = folder / "gpu.jsonl", section
-        known = before(folder)
-        self.known = {(c["section"], c["cell"], c["hash"]) for c in known if not c.get("error")}
+        self.known = {
+            (c["section"], c["cell"], c["hash"])
+            for c in load([self.path])
+            if not c.get("error") or c["when"] >= since
+        }
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            self._append("\n")  # behind the half line of a process that was killed
 
     def has(self, cell: str, state: str) -> bool:
         return (self.section, cell, state) in self.known
 
     def add(self, cell: str, state: str, **content: Any) -> None:
         line = {"section": self.section, "cell": cell, "hash": state, "when": time.time()} | content
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._append(json.dumps(line, default=str) + "\n")
         print(f"{cell}: {content.get('error') or 'done'}", flush=True)
 
-
-def before(folder: Path) -> list[Cell]:
-    """What was measured on this GPU: committed, or in `folder`."""
-    committed = [results_folder() / "gpu.jsonl"] * torch.cuda.is_available()
-    return load([*committed, folder / "gpu.jsonl"])
+    def _append(self, text: str) -> None:
+        with self.path.open("a") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def load(paths: Iterable[Path]) -> list[Cell]:
@@ -78,6 +91,6 @@ def load(paths: Iterable[Path]) -> list[Cell]:
             try:
                 cell = json.loads(line)
             except json.JSONDecodeError:
-                continue  # the last line of a process that was killed
+                continue  # half a line of a process that was killed
             cells[cell["section"], cell["cell"]] = cell
     return list(cells.values())
