@@ -297,4 +297,5 @@ OP = Op(
     batch=("x", "size", "num_windows"),
     sizes=("num_windows",),
     launches=_launches,
+    waits=lambda kwargs: int(not isinstance(kwargs.get("num_windows"), (int, list, tuple))),
 )
