@@ -136,6 +136,12 @@ def length(kwargs: dict[str, Any]) -> float:
     return max(tokens, slots, features, channels)
 
 
+def launches(kwargs: dict[str, Any]) -> tuple[int, int]:
+    """One where a block holds all tokens, two where they are split; backward three."""
+    tokens, half = kwargs["key"].shape[1], kwargs["key"].dtype != torch.float32
+    return 1 if tokens <= (128 if half else 64) else 2, 3
+
+
 CASES = [
     Case("shared", _simple(3, 37, 13, 16, 19)),
     Case("everything", _everything, ("test", "coupled")),

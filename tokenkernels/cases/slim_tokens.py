@@ -81,10 +81,22 @@ def length(kwargs: dict[str, Any]) -> int:
     return tokens + 2 * channels + hidden
 
 
+def _widened(kwargs: dict[str, Any]) -> bool:
+    """Whether backward reads float32 copies: what float16, or few slots, would round too much."""
+    dtype = kwargs["x"].dtype
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and kwargs["w2"].shape[0] < 16)
+
+
+def launches(kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Two; backward six, and 14 where what it reads is widened and its results narrowed again."""
+    return 2, 6 + 14 * _widened(kwargs)
+
+
 def backward_launches(kwargs: dict[str, Any]) -> tuple[int, int]:
-    """Six; projecting again, and casting what would be rounded too much, come on top."""
-    half = kwargs["x"].dtype != torch.float32
-    return 6 + 8 * (kwargs["projected"].ndim < 3) + 14 * half, 0
+    """The same six and 14; where forward kept no projection, a norm, a product and their casts."""
+    again = kwargs["projected"].ndim < 3
+    casts = 5 * (kwargs["x"].dtype == torch.bfloat16 and not _widened(kwargs))
+    return 6 + 14 * _widened(kwargs) + again * (2 + casts), 0
 
 
 def gradient_length(kwargs: dict[str, Any]) -> int:

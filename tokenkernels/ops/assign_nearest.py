@@ -152,5 +152,5 @@ OP = Op(
     length=lambda kwargs: kwargs["x"].shape[-1],
     compare=_compare,
     batch=("x",),
-    launches=lambda kwargs: (3, 0),
+    launches=lambda kwargs: (2, 0),
 )
