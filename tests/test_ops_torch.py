@@ -27,6 +27,13 @@ from trial import (
 from tokenkernels import _op as registry
 from tokenkernels._op import Case, Op, tensors_in
 
+on_each = pytest.mark.parametrize("backend", MAIN)
+
+
+def kind(backend: str) -> str:
+    """The backend, whatever the instruction set."""
+    return backend.partition("-")[0]
+
 
 @every_case
 @pytest.mark.parametrize("backend", ["reference", *MAIN])
@@ -64,7 +71,8 @@ class _Whole(torch.nn.Module):
 
 
 @every_case
-def test_compile_in_one_graph(op: Op, case: Case) -> None:
+@on_each
+def test_compile_in_one_graph(op: Op, case: Case, backend: str) -> None:
     """The public function is compiled without a break, the compiled one is called, and gives what
     eager gives.
     """
@@ -73,10 +81,9 @@ def test_compile_in_one_graph(op: Op, case: Case) -> None:
             "no public function to compile" if op.function is None else "needs a value on the host"
         )
     kwargs = arguments(op, case)
-    backend = MAIN[0].partition("-")[0]
-    module = _Whole(op, kwargs, backend)
+    module = _Whole(op, kwargs, kind(backend))
     tensors = {n: v for n, v in kwargs.items() if tensors_in(v)}
-    want = run(op, arguments(op, case), MAIN[0])
+    want = run(op, arguments(op, case), backend)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(
         capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True
@@ -88,13 +95,14 @@ def test_compile_in_one_graph(op: Op, case: Case) -> None:
 
 
 @every_op
-def test_another_size_does_not_recompile(op: Op) -> None:
+@on_each
+def test_another_size_does_not_recompile(op: Op, backend: str) -> None:
     """Sizes are symbols: after the second one seen, a third compiles nothing."""
     if op.function is None or not op.batch:
         pytest.skip("no batch to vary")
     kwargs = arguments(op, op.cases[0])
     size = batch_size(op, kwargs)
-    module = _Whole(op, kwargs, MAIN[0].partition("-")[0])
+    module = _Whole(op, kwargs, kind(backend))
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
     tensors = {n: v for n, v in kwargs.items() if tensors_in(v)}
@@ -104,7 +112,8 @@ def test_another_size_does_not_recompile(op: Op) -> None:
 
 
 @every_op
-def test_another_count_does_not_recompile(op: Op) -> None:
+@on_each
+def test_another_count_does_not_recompile(op: Op, backend: str) -> None:
     """A count that decides a shape is a symbol too."""
     trials = [
         (name, kwargs)
@@ -118,7 +127,7 @@ def test_another_count_does_not_recompile(op: Op) -> None:
         pytest.skip("no count to vary")
     name, kwargs = trials[0]
     count = kwargs.pop(name)
-    module = _Whole(op, kwargs, MAIN[0].partition("-")[0])
+    module = _Whole(op, kwargs, kind(backend))
     tensors = {n: v for n, v in kwargs.items() if tensors_in(v)}
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -129,7 +138,8 @@ def test_another_count_does_not_recompile(op: Op) -> None:
 
 
 @every_op
-def test_autocast_casts_before_it_checks(op: Op) -> None:
+@on_each
+def test_autocast_casts_before_it_checks(op: Op, backend: str) -> None:
     """Under autocast float32 gives the dtypes that bfloat16 gives, and so does a mix of both."""
     if op.function is None or not op.casts:
         pytest.skip("no public function" if op.function is None else "moves any dtype as it is")
@@ -137,14 +147,15 @@ def test_autocast_casts_before_it_checks(op: Op) -> None:
     first = next(iter(low))
     with torch.autocast(DEVICE, torch.bfloat16):
         want, *others = (
-            [t.dtype for t in run(op, kwargs, MAIN[0])]
+            [t.dtype for t in run(op, kwargs, backend)]
             for kwargs in (low, high, high | {first: low[first]})
         )
     assert others == [want, want]
 
 
 @every_op
-def test_a_second_derivative_is_refused(op: Op) -> None:
+@on_each
+def test_a_second_derivative_is_refused(op: Op, backend: str) -> None:
     if not op.differentiable:
         pytest.skip("no gradient")
     kwargs = arguments(op, op.cases[0])
@@ -154,19 +165,20 @@ def test_a_second_derivative_is_refused(op: Op) -> None:
         for t in tensors_in(kwargs.get(n))
         if t.dtype.is_floating_point
     ]
-    total = sum(t.sum() for t in run(op, kwargs, MAIN[0]) if t.requires_grad)
+    total = sum(t.sum() for t in run(op, kwargs, backend) if t.requires_grad)
     found = torch.autograd.grad(total, inputs, create_graph=True, allow_unused=True)
     with pytest.raises(RuntimeError, match=f"{op.name}: no second derivative"):
         sum(g.square().sum() for g in found if g is not None).backward()
 
 
 @every_op
-def test_export(op: Op) -> None:
+@on_each
+def test_export(op: Op, backend: str) -> None:
     if op.function is None:
         pytest.skip("no public function to export")
     kwargs = arguments(op, op.cases[0])
     tensors = {n: v for n, v in kwargs.items() if tensors_in(v)}
-    module = _Whole(op, kwargs, MAIN[0].partition("-")[0])
+    module = _Whole(op, kwargs, kind(backend))
     program = torch.export.export(module, (tensors,))
     assert_same_bits(program.module()(tensors), module(tensors))
 
