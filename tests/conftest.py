@@ -10,7 +10,9 @@ import torch
 
 from tokenkernels import _native, ops
 
-if not torch.cuda.is_available():  # read when the first kernel is decorated
+if torch.cuda.is_available():  # without it, no product where deterministic algorithms are asked for
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+else:  # read when the first kernel is decorated
     os.environ["TRITON_INTERPRET"] = "1"
 
 ops.load()

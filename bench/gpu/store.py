@@ -63,7 +63,7 @@ class Store:
         self.known = {
             (c["section"], c["cell"], c["hash"])
             for c in load([self.path])
-            if not c.get("error") or c["when"] >= since
+            if not c.get("error") or c.get("when", 0.0) >= since
         }
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             self._append("\n")  # behind the half line of a process that was killed
