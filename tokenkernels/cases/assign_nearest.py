@@ -33,7 +33,7 @@ def _hard(metric: str, dim: int) -> Any:
     def make(t: Make) -> dict[str, Any]:
         codebook = t.randint(-2, 3, (90, dim)).to(t.dtype)
         codebook[60:80] = codebook[20:40]
-        codebook[[0, 64], 0] = torch.tensor([torch.nan, torch.inf], dtype=t.dtype)
+        codebook[[0, 64], 0] = codebook.new_tensor([torch.nan, torch.inf])
         codebook[7] = 0
         x = codebook[t.randint(0, 90, (4, 20))].nan_to_num(1, 1) + t.randint(0, 2, (4, 20, dim)).to(
             t.dtype

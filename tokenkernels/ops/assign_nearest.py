@@ -137,7 +137,8 @@ def _compare_distance(values: Tensor, rows: Tensor, codes: Tensor, metric: str) 
     bound = torch.finfo(torch.float32).eps * (8 + 2 * rows.shape[-1] ** 0.5) * scale
     assert torch.equal(values.isnan(), truth.isnan()), "distance: NaN in other places"
     error = torch.where(truth.isfinite(), (values - truth).abs(), 0)
-    assert (error.flatten() <= torch.as_tensor(bound).flatten().nan_to_num(0)).all(), "distance"
+    bound = torch.as_tensor(bound, device=error.device).flatten().nan_to_num(0)
+    assert (error.flatten() <= bound).all(), "distance"
 
 
 OP = Op(
