@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.slow
 def test_a_dry_run_measures_and_is_not_repeated(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--budget", "120"]
+    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--budget", "400"]
     command += ["--only", "machine bench test merge_backward", "--out", str(tmp_path)]
     for _ in range(2):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

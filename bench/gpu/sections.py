@@ -63,7 +63,7 @@ class Job:
 def machine(job: Job) -> None:
     """Facts, what doctor says, and the measured roofs."""
     job.attempt("facts", "", _facts)
-    _measure_roofs(job, min(25.0, job.left() / 2))
+    _measure_roofs(job, min(2.0 if job.dry else 25.0, job.left() / 2))
 
 
 def _measure_roofs(job: Job, seconds: float) -> None:
