@@ -31,6 +31,8 @@ GRACE = 5.0
 """What a section may take beyond its time before it is killed."""
 LEAST = 12.0
 """What a section needs to do anything: it imports torch and starts CUDA."""
+WORTH = 40.0
+"""Less than that is not worth a start, unless it is all that is left."""
 SHARE = {"machine": 0.15, "test": 0.5, "bench": 0.8, "sanitizer": 0.4, "models": 0.6}
 """The most of what is left that a section may take; the last takes all."""
 CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
@@ -57,8 +59,8 @@ def main() -> int:
                 print(f"== {section}: no time left", flush=True)
                 continue
             share = 1.0 if section == chosen[-1] else SHARE[section]
-            until = time.monotonic() + left * share
-            _section(section, more, until, folder, environment)
+            seconds = max(left * share, min(left, WORTH))
+            _section(section, more, time.monotonic() + seconds, folder, environment)
     finally:
         if build is not None:
             _kill(build)
