@@ -14,32 +14,33 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from tokenkernels import ops
 from tokenkernels._case import Case, Make
 from tokenkernels._op import OPS, Op, tensors_in
 from tokenkernels.triton import _launch
 
-TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int16: "i16",
-    torch.uint8: "u8",
-    torch.int8: "i8",
-    torch.bool: "i1",
-}
-Job = tuple[str, bool, dict[str, Any], dict[Any, Any], dict[Any, int], int, int]
+
+class Job(NamedTuple):
+    """One compilation, in the terms of Triton's compiler."""
+
+    kernel: str
+    aligned: bool
+    capability: int
+    options: dict[str, Any]
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
 
 
 class Shapes(Make):
@@ -125,44 +126,37 @@ def launches(op: Op, kwargs: dict[str, Any], device: str, capability: int) -> It
 
 
 def described(launch: _launch.Launch, capability: int) -> Job:
-    """Types, constants and alignments of a launch, as Triton would see them."""
-    signature: dict[str, Any] = {}
-    constants: dict[Any, Any] = {(n,): v for n, v in launch.config.blocks.items()}
-    constants |= {(n,): v for n, v in launch.constants.items()}
-    attributes: dict[Any, int] = {}
-
-    def see(place: tuple[Any, ...], value: Any) -> Any:
-        is_stride = place[0].endswith(("_stride", "_strides"))
-        if isinstance(value, tuple):
-            return tuple(see((*place, number), item) for number, item in enumerate(value))
-        if value is None or (is_stride and value == 1 and launch.aligned):
-            constants[place] = value
-            return "constexpr"
-        known = isinstance(value, torch.Tensor) or (is_stride and value % 16 == 0)
-        if known and launch.aligned:
-            attributes[place] = 16
-        if isinstance(value, torch.Tensor):
-            return "*" + TYPES[value.dtype]
-        if isinstance(value, bool):
-            return "i1"
-        if isinstance(value, int):
-            return "i32" if -(2**31) <= value < 2**31 else "i64"
-        return "fp32"
-
-    for name, value in zip(launch.kernel.arguments, launch.arguments, strict=True):
-        signature[name] = see((name,), value)
-    signature |= {key[0]: "constexpr" for key in constants if len(key) == 1}
-    name = f"{launch.kernel.vector.__module__}:{launch.kernel.name}"
-    schedule = launch.config.warps, launch.config.stages
-    return name, launch.aligned, signature, constants, attributes, *schedule
+    """What Triton would compile for a launch: its own launcher looks at the arguments."""
+    jit = launch.kernel.variant(launch.aligned)
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    named = launch.config.blocks | launch.constants | launch.config.options
+    bind = create_function_from_signature(jit.signature, jit.params, backend)
+    bound, found, rest = bind(*launch.arguments, **named)
+    options, *source = jit._pack_args(backend, named, bound, found, rest)
+    name = f"{jit.module}:{launch.kernel.name}"
+    return Job(name, launch.aligned, capability, options.__dict__, *source)
 
 
-def jobs(only: str, capability: int) -> Iterator[tuple[Job, int]]:
-    """Every distinct compilation that the bench cases ask for; of kernels that none of them
-    reaches, those of the test cases.
+def traits(job: Job) -> set[tuple[Any, ...]]:
+    """What a compilation stands for: its kernel with each option, constant and type. The two halves
+    are alike, integers of 32 and 64 bits too.
+    """
+    names = list(job.signature)
+    found: list[tuple[Any, ...]] = [("warps", job.options["num_warps"])]
+    found += [(names[first], *rest, value) for (first, *rest), value in job.constants.items()]
+    for name, kinds in job.signature.items():
+        for place, kind in enumerate(kinds if isinstance(kinds, tuple) else (kinds,)):
+            found.append((name, place, kind.replace("fp16", "bf16").replace("i64", "i32")))
+    return {(job.kernel, job.aligned, *trait) for trait in found}
+
+
+def jobs(only: str, capability: int) -> Iterator[Job]:
+    """Every distinct compilation that the bench cases ask for. Of what only test cases ask for, on
+    sm_90 as much as it takes to meet every trait, on others kernels that no bench case reaches.
     """
     seen: set[str] = set()
     reached: set[str] = set()
+    known: set[tuple[Any, ...]] = set()
     for tag in ("bench", "test"):
         before = set(reached)
         for op in list(OPS.values()):
@@ -171,10 +165,14 @@ def jobs(only: str, capability: int) -> Iterator[tuple[Job, int]]:
             for case in op.cases:
                 for dtype in case.dtypes if tag in case.tags else ():
                     for job in _asked(op, case, dtype, capability):
-                        reached.add(job[0])
-                        if job[0] not in before and repr(job) not in seen:
+                        met = tag == "test" and traits(job) <= known
+                        reached.add(job.kernel)
+                        known |= traits(job)
+                        if met or (job.kernel in before and capability != 90):
+                            continue
+                        if repr(job) not in seen:
                             seen.add(repr(job))
-                            yield job, capability
+                            yield job
 
 
 def _asked(op: Op, case: Case, dtype: torch.dtype, capability: int) -> Iterator[Job]:
@@ -182,40 +180,38 @@ def _asked(op: Op, case: Case, dtype: torch.dtype, capability: int) -> Iterator[
         kwargs = case.make(Shapes(case.id, dtype))
         for dry in launches(op, kwargs, "meta", capability):
             yield from (described(launch, capability) for launch in dry.launches)
-    except RuntimeError as error:  # only values tell a size
-        if not any(words in str(error) for words in ("data-dependent", "meta tensors")):
+    except RuntimeError as error:
+        if not only_values_tell(error):
             raise
 
 
-def compiled(work: tuple[Job, int]) -> dict[str, Any]:
+def only_values_tell(error: RuntimeError) -> bool:
+    """Whether a call broke off because a size follows from the values of a tensor."""
+    words = "data-dependent", "meta tensors", "meta tensor; no data"
+    return any(w in str(error) for w in words)
+
+
+def compiled(job: Job) -> dict[str, Any]:
     """Registers, spills and shared memory of one kernel."""
-    (name, aligned, signature, constants, attributes, warps, stages), capability = work
-    module, function = name.split(":")
-    kernel = getattr(__import__(module, fromlist=[function]), function)
-    jit = kernel.vector if aligned else kernel.scalar
-    order = jit.arg_names
-
-    def place(key: tuple[Any, ...]) -> tuple[int, ...]:
-        return order.index(key[0]), *key[1:]
-
-    source = ASTSource(
-        jit,
-        {n: signature[n] for n in order},
-        {place(key): value for key, value in constants.items()},
-        {place(key): [["tt.divisibility", value]] for key, value in attributes.items()},
-    )
-    options = {"num_warps": warps, "num_stages": stages}
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    module, function = job.kernel.split(":")
+    jit = getattr(import_module(module), function).variant(job.aligned)
+    source = ASTSource(jit, job.signature, job.constants, job.attributes)
+    target = GPUTarget("cuda", job.capability, 32)
+    binary = triton.compile(source, target=target, options=job.options)
     mma = sorted(
         set(re.findall(r"wgmma\.mma_async\S*|mma\.sync\S*|tcgen05\.mma\S*", binary.asm["ptx"]))
     )
+    names = jit.arg_names
     return {
-        "kernel": name,
-        "capability": capability,
-        "aligned": aligned,
-        "types": " ".join(str(signature[n]) for n in order if signature[n] != "constexpr"),
-        "constants": {".".join(map(str, key)): value for key, value in constants.items()},
-        "warps": warps,
+        "kernel": job.kernel,
+        "capability": job.capability,
+        "aligned": job.aligned,
+        "types": " ".join(str(t) for t in job.signature.values() if t != "constexpr"),
+        "constants": {
+            ".".join([names[first], *map(str, rest)]): value
+            for (first, *rest), value in job.constants.items()
+        },
+        "warps": job.options["num_warps"],
         "shared": binary.metadata.shared,
         "mma": mma,
         **resources(binary.asm["cubin"]),

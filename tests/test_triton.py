@@ -51,6 +51,7 @@ def test_launches_are_as_many_as_promised(op: Op, case: Case) -> None:
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 def test_a_table_has_an_answer_to_every_call(name: str, capability: int) -> None:
     table = TABLES[name]
+    assert table.reason.endswith(".")
     for size in (2, 4):
         for width in (1, 8, 12, 64, 128, 384, 768, 1024, 4096, 16384):
             first = table.choose(size, width, capability)

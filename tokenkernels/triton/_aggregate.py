@@ -27,7 +27,10 @@ PROGRAMS = 132
 SCRATCH = 32 << 20
 """Bytes: images whose partial sums exceed it (beyond 16 of them each) are taken in turns."""
 
-JOIN = Table([Entry(Config({"SPLITS": 16, "ROWS": 4, "TOKENS": 32, "WIDTH": 128}, warps=8))])
+JOIN = Table(
+    [Entry(Config({"SPLITS": 16, "ROWS": 4, "TOKENS": 32, "WIDTH": 128}, warps=8))],
+    "Four rows of a result per program: many small programs, for there is little to add.",
+)
 
 
 @triton.jit

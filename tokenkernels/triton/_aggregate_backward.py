@@ -45,13 +45,14 @@ def _blocks(tokens: int, slots: int, width: int) -> dict[str, int]:
 
 TABLE = Table(
     [
+        Entry(Config(_blocks(64, 64, 64), 8, 2, 168), width=64, bytes=(2,), capability=100),
         Entry(Config(_blocks(64, 64, 64), 8, 2), width=64, bytes=(2,)),
         Entry(Config(_blocks(32, 128, 32), 8, 2), width=128, bytes=(2,)),
         Entry(Config(_blocks(16, 256, 32), 8, 2), bytes=(2,)),
         Entry(Config(_blocks(32, 64, 16), 8, 2)),
-    ]
+    ],
+    "By slots: the gradients of all slots of a block of tokens stay in registers.",
 )
-"""By the number of slots."""
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenkernels.triton._launch import INTERPRETED, Config, Kernel, blocks, launch
-from tokenkernels.triton._math import store
+from tokenkernels.triton._math import halves, store, total
 
 NARROW = 16
 """Up to so many dimensions products are taken one by one, in float32."""
@@ -27,27 +27,10 @@ PAD = 128
 """Packed codebooks are filled up to a multiple of the widest block of codes."""
 PREPARED = tl.constexpr(128 if INTERPRETED else 32)
 """Codes per program of `prepare`; numpy is fastest with few programs."""
+FEW_CODES = "32 codes a program: a codebook is small, and all multiprocessors should take part."
 CENTRE_CODES = tl.constexpr(64)
 BIG = tl.constexpr(1e38)
 """No score is as low as −BIG but that of a code which must not win."""
-
-
-@triton.jit
-def halves(x):
-    """(R, W) → its left and its right half."""
-    R: tl.constexpr = x.shape[0]
-    W: tl.constexpr = x.shape[1]
-    return tl.split(tl.permute(tl.reshape(x, (R, 2, W // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def total(x):
-    """Σ over the columns of (R, W), by halves: the same order however the rows were loaded."""
-    for _ in tl.static_range(9):
-        if x.shape[1] > 1:
-            left, right = halves(x)
-            x = left + right
-    return tl.reshape(x, (x.shape[0],))
 
 
 @triton.jit
@@ -100,13 +83,15 @@ def find_centre(book, codes, code_stride, first, dim, dim_stride, HALF: tl.const
     count = tl.minimum(codes, CENTRE_CODES)
     number = tl.arange(0, CENTRE_CODES).to(tl.int64)
     rows = book + (number * codes // count) * code_stride
-    x = load_chunk(rows, number < count, first, dim, dim_stride, WIDTH)
-    good = is_finite(x) & (number < count)[:, None]
+    d = first + tl.arange(0, WIDTH).to(tl.int64)
+    there = (d < dim)[:, None] & (number < count)[None, :]
+    x = tl.load(rows[None, :] + (d * dim_stride)[:, None], there, 0.0).to(tl.float32)
+    good = is_finite(x) & (number < count)[None, :]
     x = tl.where(good, x, 0.0)
-    seen = tl.maximum(total(tl.trans(good.to(tl.float32))), 1.0)
-    mean = total(tl.trans(x)) / seen
+    seen = tl.maximum(tl.sum(good.to(tl.float32), 1), 1.0)
+    mean = total(x) / seen
     if HALF:
-        apart = tl.trans(tl.where(good, x - mean[None, :], 0.0))
+        apart = tl.where(good, x - mean[:, None], 0.0)
         far = mean * mean * seen > 16.0 * products(apart, apart)
         mean = tl.where(far, rounded(mean, book.dtype.element_ty), 0.0)
     return tl.where(is_finite(mean), mean, 0.0)
@@ -213,7 +198,7 @@ def pack(books: Tensor, metric: str, parts: int, width: int, tickets: int) -> Pa
         prepare, (groups * (padded // PREPARED.value),),
         books, packed.codes, packed.terms, packed.centre, packed.bounds, packed.tickets,
         dim, size, codes, padded, tickets, *books.stride(),
-        config=Config({"CODES": PREPARED.value, "WIDTH": step}, 4, 1),
+        config=Config({"CODES": PREPARED.value, "WIDTH": step}, 4, 1, 168, FEW_CODES),
         METRIC=metric, HALF=books.dtype != torch.float32 and parts == 1, PARTS=parts, DIM=size,
     )  # fmt: skip
     return packed

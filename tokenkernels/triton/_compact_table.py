@@ -35,7 +35,8 @@ TABLE = Table(
         Entry(Config({"ROWS": 128, "SLOTS": 512}, stages=1), width=128),
         Entry(Config({"ROWS": 64, "SLOTS": 512}, stages=1), width=256),
         Entry(Config({"ROWS": 32, "SLOTS": 512}, stages=1)),
-    ]
+    ],
+    "By smallest word and bytes of a row: 16 KB, so that each thread has 128 bytes under way.",
 )
 """By the smallest word and the bytes of a program's columns. Tiles of 16 KB, of which every thread
 holds 128 bytes; fewer where words are small. Loops stay as they are written: one stage.

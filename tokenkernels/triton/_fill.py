@@ -10,6 +10,7 @@ from tokenkernels.triton._launch import Config, Kernel, launch
 
 FEW, MANY = 16, 256
 """Integers of one launch; 256 take half of the 4 KB that arguments may."""
+ONE_WARP = Config({}, warps=1, reason="Every thread stores the same few numbers.")
 _BIAS = 1 << 40
 """Added on the way, so that every integer has 64 bits; they arrive doubled and odd, so that none
 is a multiple of 16. So no other compilation is needed for other values.
@@ -32,5 +33,5 @@ def integers(values: list[int], device: torch.device) -> Tensor:
         part = values[first : first + size]
         part = part + [0] * (size - len(part))
         odd = tuple(2 * v + 1 + _BIAS for v in part)
-        launch(fill, (1,), out, first, len(values), odd, config=Config({}, warps=1), BIAS=_BIAS)
+        launch(fill, (1,), out, first, len(values), odd, config=ONE_WARP, BIAS=_BIAS)
     return out

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,21 @@ class Config:
     blocks: dict[str, int]
     warps: int = 4
     stages: int = 2
+    registers: int | None = None
+    """The most that a thread may take. Told so, the compiler spills none to let one more program
+    onto a multiprocessor.
+    """
+    reason: str = field(default="", repr=False, compare=False)
+    """Why these blocks, in a line."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How Triton takes the schedule."""
+        return {
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "maxnreg": self.registers,
+        }
 
 
 @dataclass(frozen=True)
@@ -43,9 +58,12 @@ class Entry:
 
 @dataclass
 class Table:
-    """The block shapes of one kernel: the first entry that admits a call decides."""
+    """The block shapes of one kernel, and the reason in a line: the first entry that admits a call
+    decides.
+    """
 
     entries: list[Entry]
+    reason: str
     candidates: list[Config] = field(default_factory=list)
     """What a sweep tries besides the entries."""
     forced: Config | None = None
@@ -55,7 +73,7 @@ class Table:
         """A pure function of shape, dtype and architecture."""
         for e in self.entries:
             if element_size in e.bytes and width <= e.width and capability >= e.capability:
-                return self.forced or e.config
+                return replace(self.forced or e.config, reason=self.reason)
         raise ValueError(f"no entry for {element_size} bytes, width {width}, sm_{capability}")
 
 
@@ -63,8 +81,12 @@ class Kernel:
     """A Triton function compiled in two ways: for rows known to be aligned, and for any.
 
     Integers are run-time values that never compile anew; only of those whose names end in
-    `_stride` Triton learns whether 16 divides them. In a tuple Triton looks at integers whatever it
-    is told, and compiles a 1 in: `_math.at_run_time` takes it out again.
+    `_stride`, and of those only for aligned rows, Triton learns whether they are 1 and whether 16
+    divides them. Into tuples Triton looks whatever it is told and however rows lie: it compiles a 1
+    in (`_math.at_run_time` makes a number of it that has a type), and learns which integers and
+    addresses 16 divides. So other sizes in a tuple may compile anew, a few times, not for each; and
+    where a kernel sums what it loads from a tuple's tensors, it does so in an order of its own
+    (`_math.total`), since that of a plain sum would follow from the addresses.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -76,11 +98,14 @@ class Kernel:
         known = ("_ptr", "_ptrs", "_stride", "_strides")
         sizes = [name for name in names if not name.endswith(known)]
         self.name = function.__name__
-        self.arguments = names
         self.vector = triton.jit(function, do_not_specialize=sizes)
         self.scalar = triton.jit(
             function, do_not_specialize=names, do_not_specialize_on_alignment=names
         )
+
+    def variant(self, aligned: bool) -> Any:
+        """The one of the two that a launch takes."""
+        return self.vector if aligned else self.scalar
 
 
 @dataclass(frozen=True)
@@ -130,12 +155,11 @@ def launch(
         _record.launches.append(Launch(kernel, aligned, grid, arguments, constants, config))
     if not _run:
         return
-    function = kernel.vector if aligned else kernel.scalar
-    options = {"num_warps": config.warps, "num_stages": config.stages}
+    function = kernel.variant(aligned)
     flat = (a for b in arguments for a in (b if isinstance(b, tuple) else (b,)))
     device = next(a.device for a in flat if isinstance(a, Tensor))
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        function[grid](*arguments, **config.blocks, **constants, **options)
+        function[grid](*arguments, **config.blocks, **constants, **config.options)
 
 
 @contextmanager

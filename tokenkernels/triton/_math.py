@@ -49,6 +49,34 @@ def store(pointer, value, mask):
 
 @triton.jit
 def at_run_time(sizes):
-    """Three integers of a tuple as run-time values: Triton compiles a 1 among them in."""
+    """Three integers of a tuple as numbers with a type, also a 1, which Triton compiles in."""
     zero = tl.program_id(0) * 0
     return sizes[0] + zero, sizes[1] + zero, sizes[2] + zero
+
+
+@triton.jit
+def halves(x):
+    """(R, W) → its left and its right half."""
+    R: tl.constexpr = x.shape[0]
+    W: tl.constexpr = x.shape[1]
+    return tl.split(tl.permute(tl.reshape(x, (R, 2, W // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def total(x):
+    """Σ over the columns of (R, W), by halves: the same order however the rows were loaded.
+
+    The sum of the one column that is left keeps the compiler from halving anew for every layout
+    in which the result is wanted.
+    """
+    for _ in tl.static_range(9):
+        if x.shape[1] > 1:
+            left, right = halves(x)
+            x = left + right
+    return tl.sum(x, 1)
+
+
+@triton.jit
+def total_of(x):
+    """Σ of a vector, by halves."""
+    return tl.sum(total(x[None, :]), 0)

@@ -12,6 +12,8 @@ and scores exactly whatever is inside it. So the index is that of the highest ex
 ones the lowest, whatever the blocks.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -29,7 +31,8 @@ NARROW_TABLE = Table(
     [
         Entry(Config({"ROWS": 4, "CODES": 64, "WIDTH": 16}, 1, 1), capability=100),
         Entry(Config({"ROWS": 8, "CODES": 64, "WIDTH": 16}, 1, 1)),
-    ]
+    ],
+    "One warp: 8 rows share every code that a lane loads; on sm_100 8 rows spill, so 4.",
 )
 """One warp: 8 rows share every code that a lane loads, and their components stay in registers. On
 sm_100 8 rows spill.
@@ -46,7 +49,8 @@ WIDE_TABLE = Table(
         Entry(_wide(64, 32, 128, 1), capability=90),
         Entry(_wide(32, 32, 64, 2), width=256),
         Entry(_wide(32, 32, 64, 1)),
-    ]
+    ],
+    "64 × 64 is the least that keeps wgmma busy, and lets two programs share a multiprocessor.",
 )
 """By bytes: 2 for one part of 16 bits, 4 for two. Tokens and a block of codes in shared memory in
 their whole width; 64 × 64 is the least that keeps wgmma busy, and leaves room for two programs on a
@@ -54,13 +58,13 @@ multiprocessor up to 256 dimensions (two parts: 128).
 """
 
 
-def config_of(parts: int, dim: int, device: torch.device) -> Config:
+def config_of(parts: int, dim: int, device: torch.device, wide: Table = WIDE_TABLE) -> Config:
     """Blocks for codes packed in so many parts. From sm_120 on there is less shared memory."""
     arch = capability(device)
-    table = WIDE_TABLE if parts else NARROW_TABLE
+    table = wide if parts else NARROW_TABLE
     config = table.choose(2 * max(parts, 1), dim, arch if arch < 120 else 89)
     if INTERPRETED and not parts:  # numpy is fastest with few large blocks
-        return Config(config.blocks | {"ROWS": 64, "CODES": 128}, config.warps, config.stages)
+        return replace(config, blocks=config.blocks | {"ROWS": 64, "CODES": 128})
     return config
 
 

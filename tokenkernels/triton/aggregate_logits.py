@@ -38,7 +38,8 @@ TABLE = Table(
     [
         Entry(Config({"SLOTS": 64, "TOKENS": 64, "CHANNELS": 128}, 8, 3), bytes=(2,)),
         Entry(Config({"SLOTS": 32, "TOKENS": 32, "CHANNELS": 64}, 4, 2)),
-    ]
+    ],
+    "64 slots share every value that is loaded; float32 operands in registers need halved blocks.",
 )
 
 

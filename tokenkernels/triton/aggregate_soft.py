@@ -52,9 +52,9 @@ TABLE = Table(
         Entry(Config(_blocks(32, 128, 64, 64), 8, 3), bytes=(2,)),
         Entry(Config(_blocks(16, 64, 16, 16), 4, 2), width=16),
         Entry(Config(_blocks(64, 64, 16, 16), 8, 2)),
-    ]
+    ],
+    "By slots: a block's scores stay in registers while features, then channels stream past.",
 )
-"""By the number of slots."""
 
 
 @triton.jit

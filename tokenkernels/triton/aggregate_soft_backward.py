@@ -28,9 +28,13 @@ TABLE = Table(
     [
         Entry(Config({"TOKENS": 128, "SLOTS": 32, "WIDTH": 64}, 8, 2), bytes=(2,)),
         Entry(Config({"TOKENS": 64, "SLOTS": 32, "WIDTH": 16}, 4, 2)),
-    ]
+    ],
+    "32 slots' sums stay in registers while tokens stream past, 128 at a time for wgmma.",
 )
-TOTAL = Table([Entry(Config({"GROUPS": 16, "WIDTH": 256}))])
+TOTAL = Table(
+    [Entry(Config({"GROUPS": 16, "WIDTH": 256}))],
+    "16 groups are read ahead; 256 columns are a full line for each warp.",
+)
 
 
 @Kernel

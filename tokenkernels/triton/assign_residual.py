@@ -10,10 +10,27 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenkernels.triton._codes import NARROW, PREPARED, load_chunk, pack, row_offsets, rows_of
-from tokenkernels.triton._launch import Config, Kernel, blocks, launch
+from tokenkernels.triton._launch import Config, Entry, Kernel, Table, blocks, launch
 from tokenkernels.triton._math import store
 from tokenkernels.triton._search import config_of, search_narrow, search_wide
 
+
+def _wide(rows: int, codes: int, stages: int, warps: int = 4) -> Config:
+    return Config({"ROWS": rows, "CODES": codes, "WIDTH": 32}, warps, stages)
+
+
+WIDE_TABLE = Table(
+    [
+        Entry(_wide(64, 32, 2, 8), 256, capability=100),
+        Entry(_wide(64, 64, 3), 64),
+        Entry(_wide(64, 64, 2), 128),
+        Entry(_wide(64, 64, 2, 8), 256, capability=90),
+        Entry(_wide(64, 32, 1), capability=90),
+        Entry(_wide(32, 32, 2), 256),
+        Entry(_wide(32, 32, 1)),
+    ],
+    "As one search, but 32 components at a time to save registers; 8 warps where 4 would spill.",
+)
 PROGRAMS = 264
 """Two for each multiprocessor of an H200."""
 
@@ -120,9 +137,7 @@ def assign_residual(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
     if not rows.number:
         return index, residual
     parts = 0 if dim <= NARROW else 2
-    config = config_of(parts, dim, x.device)
-    if parts:
-        config = Config(config.blocks | {"WIDTH": 32}, config.warps, config.stages)
+    config = config_of(parts, dim, x.device, WIDE_TABLE)
     packed = pack(codebooks, "l2", parts, config.blocks["WIDTH"], 0)
     programs = blocks(rows.number, config.blocks["ROWS"])
     sizes = (rows.number, rounds, dim, packed.padded, *rows.layout, *codebooks.stride())

@@ -9,6 +9,8 @@ the dropped tokens in a second launch, by columns.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -26,7 +28,7 @@ from tokenkernels.triton._launch import (
     launch,
     to_host,
 )
-from tokenkernels.triton._math import store
+from tokenkernels.triton._math import store, total, total_of
 from tokenkernels.triton._rows import move, rows_of
 from tokenkernels.triton._select import count_above, pick, rank
 
@@ -40,15 +42,21 @@ TABLE = Table(
         Entry(Config({"ROWS": 4, "WIDTH": 256}), width=512),
         Entry(Config({"ROWS": 4, "WIDTH": 1024}, warps=8), bytes=(1, 2)),
         Entry(Config({"ROWS": 4, "WIDTH": 512}, warps=8), bytes=(4, 8)),
-    ]
+    ],
+    "By width: whole rows in wide loads, several of them under way.",
 )
 SELECT_TABLE = Table(
     [
         Entry(Config({"TOKENS": 256}), width=256),
-        Entry(Config({"TOKENS": 2048}, warps=8)),
-    ]
+        Entry(Config({"TOKENS": 2048}, warps=8), capability=90),
+        Entry(Config({"TOKENS": 1024}, warps=8)),
+    ],
+    "All scores of most images in one block; sm_80 spills with 2048.",
 )
-FUSE_TABLE = Table([Entry(Config({"ROWS": 32, "WIDTH": 128}))])
+FUSE_TABLE = Table(
+    [Entry(Config({"ROWS": 32, "WIDTH": 128}))],
+    "128 columns are full lines, 32 tokens under way; the sums stay in registers.",
+)
 
 
 @Kernel
@@ -138,7 +146,7 @@ def fuse_dropped(
     column = first + tl.arange(0, WIDTH)
     for t in tl.static_range(len(x_ptrs)):
         inside = column < widths[t]
-        total, weights = tl.zeros((WIDTH,), tl.float32), 0.0
+        sums, weights = tl.zeros((ROWS, WIDTH), tl.float32), tl.zeros((ROWS,), tl.float32)
         source = x_ptrs[t] + image * image_strides[t] + prefix * row_strides[t]
         for start in range(0, tokens, ROWS):
             number = start + tl.arange(0, ROWS)
@@ -150,12 +158,13 @@ def fuse_dropped(
             ).to(tl.float32)
             at = source + number.to(tl.int64)[:, None] * row_strides[t] + column[None, :]
             value = tl.load(at, here[:, None] & inside[None, :], 0.0).to(tl.float32)
-            product = tl.where(here[:, None], weight[:, None] * value, 0.0)
-            total += tl.sum(product, 0)
-            weights += tl.sum(weight, 0)
+            sums += tl.where(here[:, None], weight[:, None] * value, 0.0)
+            weights += weight
+        fused = total(tl.trans(sums))
         if MEAN:
-            total = tl.where(weights != 0, total / weights, total)
-        store(targets_ptrs[t] + row * widths[t] + column, total, inside)
+            divisor = total_of(weights)
+            fused = tl.where(divisor != 0, fused / divisor, fused)
+        store(targets_ptrs[t] + row * widths[t] + column, fused, inside)
 
 
 def gather_topk(
@@ -179,9 +188,9 @@ def gather_topk(
             index, outputs, offsets,
         )  # fmt: skip
     if threshold is not None and images > 0:
-        total = to_host(offsets[-1:]).tolist()[0]
-        index = index[: total - images * extra]
-        outputs = [out[:total] for out in outputs]
+        rows = to_host(offsets[-1:]).tolist()[0]
+        index = index[: rows - images * extra]
+        outputs = [out[:rows] for out in outputs]
     if dense:
         index = index.view(images, k[0])
         outputs = [out.view(images, k[0] + extra, *out.shape[1:]) for out in outputs]
@@ -198,7 +207,11 @@ def _launch_all(
     word = max(t.element_size() for t in rows.tensors)
     moving = TABLE.choose(word, max(rows.widths), capability(device))
     selecting = SELECT_TABLE.choose(4, tokens, capability(device))
-    config = Config(moving.blocks | selecting.blocks, max(moving.warps, selecting.warps))
+    config = replace(
+        moving,
+        blocks=moving.blocks | selecting.blocks,
+        warps=max(moving.warps, selecting.warps),
+    )
     strides = scores.stride()
     counts = None
     if ragged:

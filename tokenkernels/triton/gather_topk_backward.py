@@ -23,14 +23,15 @@ from tokenkernels.triton._launch import (
     is_aligned,
     launch,
 )
-from tokenkernels.triton._math import store
+from tokenkernels.triton._math import store, total, total_of
 
 TABLE = Table(
     [
         Entry(Config({"ROWS": 32, "WIDTH": 64, "PLACES": 64}), width=64),
         Entry(Config({"ROWS": 16, "WIDTH": 128, "PLACES": 128}), width=256),
         Entry(Config({"ROWS": 8, "WIDTH": 256, "PLACES": 256})),
-    ]
+    ],
+    "By width: 2048 numbers move at once; as many places are compared as there are columns.",
 )
 
 
@@ -97,7 +98,7 @@ def weigh(
     _, row = whereabouts(offsets_ptr, index_ptr, image, token, here, prefix, prefix + 1, PLACES)
     dropped = here & (row < 0)
     fused = tl.load(offsets_ptr + image + 1) - 1
-    share = tl.zeros((ROWS,), tl.float32)
+    products = tl.zeros((ROWS, WIDTH), tl.float32)
     for t in tl.static_range(len(grad_ptrs)):
         source = x_ptrs[t] + image * image_strides[t] + token.to(tl.int64) * row_strides[t]
         for first in range(0, widths[t], WIDTH):
@@ -107,15 +108,16 @@ def weigh(
             mask = dropped[:, None] & inside[None, :]
             x = tl.load(source[:, None] + column[None, :], mask, 0.0)
             product = x.to(tl.float32) * g.to(tl.float32)[None, :]
-            share += tl.sum(tl.where(mask, product, 0.0), 1)
+            products += tl.where(mask, product, 0.0)
+    share = total(products)
     number = token - prefix
     score = scores_ptr + image * scores_stride + number * score_stride
     weight = tl.load(score, dropped, 0.0).to(tl.float32)
     at = image * tokens + number
     tl.store(rows_ptr + at, row.to(tl.int32), here)
     tl.store(shares_ptr + at, share, here)
-    tl.store(sums_ptr + 2 * program, tl.sum(weight, 0))
-    tl.store(sums_ptr + 2 * program + 1, tl.sum(weight * share, 0))
+    tl.store(sums_ptr + 2 * program, total_of(weight))
+    tl.store(sums_ptr + 2 * program + 1, total_of(weight * share))
 
 
 @Kernel
@@ -132,7 +134,7 @@ def spread(
     image = (program // programs).to(tl.int64)
     token = (program % programs) * ROWS + tl.arange(0, ROWS)
     here = token < prefix + tokens
-    total, mean = 1.0, 0.0
+    divisor, mean = 1.0, 0.0
     if MEAN:
         weights, products = 0.0, 0.0
         for first in range(0, parts, PLACES):
@@ -140,8 +142,8 @@ def spread(
             at = sums_ptr + 2 * (image * parts + part)
             weights += tl.sum(tl.load(at, part < parts, 0.0), 0)
             products += tl.sum(tl.load(at + 1, part < parts, 0.0), 0)
-        total = tl.where(weights != 0, weights, 1.0)
-        mean = tl.where(weights != 0, products / total, 0.0)
+        divisor = tl.where(weights != 0, weights, 1.0)
+        mean = tl.where(weights != 0, products / divisor, 0.0)
     number = token - prefix
     scored = here & (number >= 0)
     row = tl.load(rows_ptr + image * tokens + number, scored, 0)
@@ -150,11 +152,11 @@ def spread(
     score = scores_ptr + image * scores_stride + number * score_stride
     weight = tl.load(score, dropped, 0.0).to(tl.float32)
     share = tl.load(shares_ptr + image * tokens + number, dropped, 0.0)
-    change = tl.where(dropped, (share - mean) / total, 0.0)
+    change = tl.where(dropped, (share - mean) / divisor, 0.0)
     tl.store(scores_grad_ptr + image * tokens + number, change, scored)
     fused = tl.load(offsets_ptr + image + 1) - 1
     source_row = tl.where(row < 0, fused, tl.load(offsets_ptr + image) + row)
-    factor = tl.where(dropped, weight / total, 1.0)
+    factor = tl.where(dropped, weight / divisor, 1.0)
     for t in tl.static_range(len(grad_ptrs)):
         source = grad_ptrs[t] + source_row * grad_strides[t]
         target = out_ptrs[t] + (image * (prefix + tokens) + token) * widths[t]

@@ -10,6 +10,7 @@ row in closed form; a unit's tile, most likely still in the L2, leaves as it cam
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -46,7 +47,8 @@ DECIDE_TABLE = Table(
         Entry(Config({"BLOCK": 64}), width=64),
         Entry(Config({"BLOCK": 256}), width=256),
         Entry(Config({"BLOCK": 1024})),
-    ]
+    ],
+    "All windows of most images in one block, so that they are ranked in registers.",
 )
 FEW = 256
 """Windows, at most a block, up to which each is compared with all."""
@@ -260,7 +262,7 @@ def _launch_both(
         images, length, prefix, channels,
         counts[0] if counts else 0, threshold or 0.0, shares, tiles, programs,
         x.stride(0), x.stride(1), *((0, 0) if size is None else size.stride()),
-        config=Config(config.blocks | block, config.warps, config.stages),
+        config=replace(config, blocks=config.blocks | block),
         aligned=is_aligned(channels), RANKED=dense or counts is not None,
         UNIFORM=dense and counts is None, PACKED=not dense, BY_SIMILARITY=by_similarity,
         FEW=windows <= FEW, **all_of,

@@ -22,7 +22,8 @@ TABLE = Table(
         Entry(Config({"ROWS": 8, "WIDTH": 128}), width=128),
         Entry(Config({"ROWS": 4, "WIDTH": 256}), width=1024),
         Entry(Config({"ROWS": 2, "WIDTH": 512})),
-    ]
+    ],
+    "1024 numbers, 8 per thread: pure traffic, so small blocks and many programs.",
 )
 
 

@@ -39,7 +39,8 @@ TABLE = Table(
         Entry(Config({"TOKENS": 16, "WIDTH": 128}), width=128),
         Entry(Config({"TOKENS": 16, "WIDTH": 256}), width=256),
         Entry(Config({"TOKENS": 16, "WIDTH": 512}, warps=8)),
-    ]
+    ],
+    "Neighbours lie in one tile, so each token is read once but for the last of the block before.",
 )
 MEMBERS = 4
 """Of a run that are loaded at once."""

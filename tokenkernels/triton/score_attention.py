@@ -36,7 +36,8 @@ MEASURE_TABLE = Table(
         Entry(Config({"KEYS": 64, "LINES": 64, "DIM": 256}), 256, (2,)),
         Entry(Config({"KEYS": 64, "LINES": 64, "DIM": 64}), bytes=(2,)),
         Entry(Config({"KEYS": 64, "LINES": 32, "DIM": 32})),
-    ]
+    ],
+    "128 rows share the keys that stream past on sm_90; smaller ones where registers run out.",
 )
 TABLE = Table(
     [
@@ -46,13 +47,17 @@ TABLE = Table(
         Entry(Config({"KEYS": 64, "LINES": 64, "DIM": 256}), 256, (2,)),
         Entry(Config({"KEYS": 64, "LINES": 64, "DIM": 64}), bytes=(2,)),
         Entry(Config({"KEYS": 64, "LINES": 32, "DIM": 32})),
-    ]
+    ],
+    "Keys stay while rows stream past; of two programs one multiplies, one takes exponentials.",
 )
 """64 or 128 keys stay in shared memory while 64 rows at a time stream past; two programs or more
 share a multiprocessor, so that one multiplies while another takes exponentials. float32 goes by 32
 elements: its operands are held in registers in two parts.
 """
-FINISH_TABLE = Table([Entry(Config({"COLUMNS": 128}, 8))])
+FINISH_TABLE = Table(
+    [Entry(Config({"COLUMNS": 128}, 8))],
+    "128 columns are a full line; few numbers, so short programs.",
+)
 
 
 def score_attention(

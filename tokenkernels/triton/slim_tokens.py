@@ -55,19 +55,20 @@ WEIGH = Table(
         Entry(Config(_blocks(64, 64, 32, 32), 8, 2), capability=90),
         Entry(Config(_blocks(32, 64, 32, 16), 8, 2)),
     ],
+    "By hidden channels: a tile's hidden row stays in registers from projection to logits.",
     [
         Config(_blocks(64, 128, 64, 64), 4, 3),
         Config(_blocks(128, 128, 64, 32), 16, 3),
         Config(_blocks(128, 128, 64, 64), 8, 3),
     ],
 )
-"""By the number of hidden channels."""
 
 GATHER = Table(
     [
         Entry(Config({"SLOTS": 64, "CHANNELS": 128}, 8, 2), bytes=(2,)),
         Entry(Config({"SLOTS": 32, "CHANNELS": 64}, 4, 2)),
-    ]
+    ],
+    "64 slots share every token that is loaded; float32 operands need halved blocks.",
 )
 
 

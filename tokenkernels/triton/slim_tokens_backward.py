@@ -30,38 +30,52 @@ from tokenkernels.triton._slim import padded, wide
 from tokenkernels.triton._slim_gradients import lower, resist, spread
 from tokenkernels.triton._slim_parameters import collect, finish, fold
 
-FOLD = Table([Entry(Config({"ROWS": 8, "WIDTH": 128}))])
+
+def _spread(slots: int, width: int, warps: int, registers: int | None = None) -> Config:
+    return Config({"TOKENS": 64, "SLOTS": slots, "WIDTH": width}, warps, 3, registers)
+
+
+FOLD = Table(
+    [Entry(Config({"ROWS": 8, "WIDTH": 128}))],
+    "8 rows of the weights per program: one short pass.",
+)
 SPREAD = Table(
     [
-        Entry(Config({"TOKENS": 64, "SLOTS": 32, "WIDTH": 64}, 4, 3), width=32, bytes=(2,)),
-        Entry(Config({"TOKENS": 64, "SLOTS": 64, "WIDTH": 64}, 4, 3), width=64, bytes=(2,)),
-        Entry(Config({"TOKENS": 64, "SLOTS": 128, "WIDTH": 64}, 8, 3), bytes=(2,), capability=90),
-        Entry(Config({"TOKENS": 64, "SLOTS": 64, "WIDTH": 32}, 8, 3), bytes=(2,)),
+        Entry(_spread(32, 64, 4), width=32, bytes=(2,)),
+        Entry(_spread(64, 64, 4), width=64, bytes=(2,), capability=90),
+        Entry(_spread(128, 64, 8), bytes=(2,), capability=90),
+        Entry(_spread(64, 32, 8, 168), bytes=(2,)),
         Entry(Config({"TOKENS": 64, "SLOTS": 32, "WIDTH": 32}, 4, 2)),
-    ]
+    ],
+    "By slots: those of a block share the tokens of a tile; sm_80 has registers for half of it.",
 )
-"""By the number of slots."""
 
 LOWER = Table(
     [
         Entry(Config({"TILES": 4, "SLOTS": 64, "HIDDEN": 64}, 4, 3), bytes=(2,)),
         Entry(Config({"TILES": 4, "SLOTS": 32, "HIDDEN": 32}, 4, 2)),
-    ]
+    ],
+    "64 hidden channels of a tile stay in registers while slots stream past.",
 )
 RESIST = Table(
     [
         Entry(Config({"TOKENS": 64, "CHANNELS": 128, "WIDTH": 64}, 8, 3), bytes=(2,)),
         Entry(Config({"TOKENS": 64, "CHANNELS": 32, "WIDTH": 32}, 4, 2)),
-    ]
+    ],
+    "128 channels share the slopes of 64 tokens; float32 operands need smaller blocks.",
 )
 COLLECT = Table(
     [
         Entry(Config({"ROWS": 64, "LEFT": 64, "RIGHT": 128}, 8, 3), bytes=(2,), capability=90),
         Entry(Config({"ROWS": 32, "LEFT": 64, "RIGHT": 64}, 4, 3), bytes=(2,)),
         Entry(Config({"ROWS": 32, "LEFT": 32, "RIGHT": 64}, 4, 2)),
-    ]
+    ],
+    "64 × 128 sums stay in registers while rows stream past.",
 )
-FINISH = Table([Entry(Config({"SPLITS": 16, "HIDDEN": 16, "CHANNELS": 16, "NUMBERS": 256}))])
+FINISH = Table(
+    [Entry(Config({"SPLITS": 16, "HIDDEN": 16, "CHANNELS": 16, "NUMBERS": 256}))],
+    "16 splits are read ahead; few numbers, so short programs.",
+)
 
 FEW = 16
 SPLIT = 128
