@@ -59,19 +59,6 @@ def test_a_table_has_an_answer_to_every_call(name: str, capability: int) -> None
             assert first.warps in (1, 2, 4, 8, 16) and all(b > 0 for b in first.blocks.values())
 
 
-SPILLS = {
-    "_codes:prepare": (144, "centre of 16-bit codes: once per call, on few programs"),
-    "assign_residual:chain_wide": (120, "sm_100: the rows of a chain stay in registers"),
-    "_slim_gradients:spread": (112, "sm_80, bfloat16"),
-    "_aggregate_backward:by_token": (24, "sm_100, bfloat16"),
-    "gather_topk:gather": (16, "sm_80, float32"),
-    "accumulate_codes:add": (8, "sm_80, float32"),
-    "merge_runs:merge": (32, "sm_80, and a narrow shape of no bench case on sm_100"),
-    "merge_adjacent:merge": (8, "sm_100, a shape of no bench case"),
-}
-"""Kernel → the bytes it may spill, and why."""
-
-
 def test_every_kernel_compiles_ahead_of_time_without_spills() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "TRITON_DEFAULT_FP_FUSION": "1"}
@@ -79,9 +66,8 @@ def test_every_kernel_compiles_ahead_of_time_without_spills() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    for k in kernels:
-        allowed, _ = SPILLS.get(k["kernel"].removeprefix(f"{room.__name__}."), (0, ""))
-        assert k["spilled"] <= allowed, k
+    spilling = [k for k in kernels if k["spilled"]]
+    assert not spilling, "\n".join(map(str, spilling))
     assert {k["capability"] for k in kernels} == {80, 90, 100}
     seen = {k["kernel"] for k in kernels}
     defined = {
