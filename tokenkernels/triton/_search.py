@@ -58,10 +58,13 @@ multiprocessor up to 256 dimensions (two parts: 128).
 """
 
 
-def config_of(parts: int, dim: int, device: torch.device, wide: Table = WIDE_TABLE) -> Config:
+def config_of(
+    parts: int, dim: int, device: torch.device, wide: Table = WIDE_TABLE,
+    narrow: Table = NARROW_TABLE,
+) -> Config:  # fmt: skip
     """Blocks for codes packed in so many parts. From sm_120 on there is less shared memory."""
     arch = capability(device)
-    table = wide if parts else NARROW_TABLE
+    table = wide if parts else narrow
     config = table.choose(2 * max(parts, 1), dim, arch if arch < 120 else 89)
     if INTERPRETED and not parts:  # numpy is fastest with few large blocks
         return replace(config, blocks=config.blocks | {"ROWS": 64, "CODES": 128})

@@ -19,6 +19,14 @@ def _wide(rows: int, codes: int, stages: int, warps: int = 4) -> Config:
     return Config({"ROWS": rows, "CODES": codes, "WIDTH": 32}, warps, stages)
 
 
+NARROW_TABLE = Table(
+    [
+        Entry(Config({"ROWS": 4, "CODES": 64, "WIDTH": 16}, 1, 1), capability=100),
+        Entry(Config({"ROWS": 8, "CODES": 64, "WIDTH": 16}, 1, 1), 8),
+        Entry(Config({"ROWS": 4, "CODES": 64, "WIDTH": 16}, 1, 1, 255)),
+    ],
+    "One warp: 8 rows share every code that a lane loads; of more than 8 components 4 rows.",
+)
 WIDE_TABLE = Table(
     [
         Entry(_wide(64, 32, 2, 8), 256, capability=100),
@@ -137,7 +145,7 @@ def assign_residual(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
     if not rows.number:
         return index, residual
     parts = 0 if dim <= NARROW else 2
-    config = config_of(parts, dim, x.device, WIDE_TABLE)
+    config = config_of(parts, dim, x.device, WIDE_TABLE, NARROW_TABLE)
     packed = pack(codebooks, "l2", parts, config.blocks["WIDTH"], 0)
     programs = blocks(rows.number, config.blocks["ROWS"])
     sizes = (rows.number, rounds, dim, packed.padded, *rows.layout, *codebooks.stride())
