@@ -22,6 +22,7 @@ import torch
 from bench import report
 from bench.tables import Table, number
 from tokenkernels import ops
+from tokenkernels._case import Make
 from tokenkernels._op import OPS, Case, Op, tensors_in
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +38,16 @@ RATES = {"16 bits": 790e12, "tf32": 400e12, "float32": 60e12}
 LAUNCH_US = 3.0
 REGISTERS, SHARED, WARPS, PROGRAMS = 65536, 227 << 10, 64, 32
 """Of one multiprocessor; a program takes 1 KB of shared memory besides its own."""
+
+
+class Indices(ahead.Shapes):
+    """Draws integers with their values, which tell how many rows move; nothing else has any."""
+
+    def __init__(self, seed: str, dtype: torch.dtype) -> None:
+        super().__init__(seed, dtype)
+        self.device = "cpu"
+
+    randint, permutation, bool = Make.randint, Make.permutation, Make.bool
 
 
 @dataclass
@@ -81,12 +92,16 @@ def _size(kwargs: dict[str, Any]) -> int:
     return sum(tensor.nbytes for tensor in tensors_in(list(kwargs.values())))
 
 
+def _cost(op: Op, kwargs: dict[str, Any]) -> tuple[float, float] | None:
+    try:
+        return op.cost(kwargs)
+    except (NotImplementedError, RuntimeError):  # only values tell
+        return None
+
+
 def _calls(op: Op, case: Case, dtype: torch.dtype, kwargs: dict[str, Any]) -> Iterator[Call]:
     """Forward and backward, as far as shapes without values tell what is launched."""
-    try:
-        cost = op.cost(kwargs)
-    except (NotImplementedError, RuntimeError):  # only values tell
-        cost = None
+    cost = _cost(op, kwargs) or _cost(op, case.make(Indices(case.id, dtype)))
     dry = ahead.launches(op, kwargs, "meta", CAPABILITY)
     for gradient in (False, True):
         try:
@@ -142,9 +157,6 @@ def calls_table(calls: list[Call], built: dict[str, Any], measured: dict[str, fl
     for call in calls:
         moved, flops = call.cost or (sum(touched(launch) for launch, _ in call.launches), None)
         limit, us = predicted(call, built)
-        if call.cost is None and 2 * moved < call.size:  # the addresses lie in a table
-            table.rows.append([str(call), str(len(call.launches)), "", "", "", "", ""])
-            continue
         table.rows.append(
             [
                 str(call),
@@ -165,6 +177,7 @@ def kernels_table(calls: list[Call], built: dict[str, Any]) -> Table:
     table = Table("Kernels", [*columns, "MB", "reason"], [])
     seen: set[str] = set()
     for call in calls:
+        behind_a_table = 2 * sum(touched(launch) for launch, _ in call.launches) < call.size
         for launch, job in call.launches:
             if repr(job) in seen:
                 continue
@@ -180,7 +193,7 @@ def kernels_table(calls: list[Call], built: dict[str, Any]) -> Table:
                     number(k["shared"] / 1024),
                     str(together(k)),
                     str(launch.grid[0]),
-                    number(touched(launch) / 1e6),
+                    "" if behind_a_table else number(touched(launch) / 1e6),
                     launch.config.reason,
                 ]
             )

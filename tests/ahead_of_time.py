@@ -1,7 +1,7 @@
 """Compiles every Triton kernel that the bench shapes launch to cubins, without a GPU.
 
-`python tests/ahead_of_time.py [--only TEXT] [--capabilities 80 90 100]` prints a line of JSON for
-each. It runs in a process of its own: here kernels are compiled, not interpreted.
+`python tests/ahead_of_time.py [--only TEXT] [--capabilities 80 90 100] [--variants]` prints a line
+of JSON for each. It runs in a process of its own: here kernels are compiled, not interpreted.
 """
 
 from __future__ import annotations
@@ -150,9 +150,9 @@ def traits(job: Job) -> set[tuple[Any, ...]]:
     return {(job.kernel, job.aligned, *trait) for trait in found}
 
 
-def jobs(only: str, capability: int) -> Iterator[Job]:
-    """Every distinct compilation that the bench cases ask for. Of what only test cases ask for, on
-    sm_90 as much as it takes to meet every trait, on others kernels that no bench case reaches.
+def jobs(only: str, capability: int, variants: bool) -> Iterator[Job]:
+    """Every distinct compilation that the bench cases ask for. Of what only test cases ask for
+    kernels that no bench case reaches; with `variants` as much as it takes to meet every trait.
     """
     seen: set[str] = set()
     reached: set[str] = set()
@@ -168,7 +168,7 @@ def jobs(only: str, capability: int) -> Iterator[Job]:
                         met = tag == "test" and traits(job) <= known
                         reached.add(job.kernel)
                         known |= traits(job)
-                        if met or (job.kernel in before and capability != 90):
+                        if met or (job.kernel in before and not variants):
                             continue
                         if repr(job) not in seen:
                             seen.add(repr(job))
@@ -235,9 +235,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="")
     parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--variants", action="store_true", help="those of the test cases too")
     options = parser.parse_args()
     ops.load()
-    work = [job for capability in options.capabilities for job in jobs(options.only, capability)]
+    work = [
+        job
+        for capability in options.capabilities
+        for job in jobs(options.only, capability, options.variants)
+    ]
     with multiprocessing.Pool(2) as pool:
         for result in pool.imap_unordered(compiled, work):
             print(json.dumps(result, default=str), flush=True)
