@@ -39,7 +39,7 @@ def along_tokens(layers: Any, index: Tensor, **_: Any) -> list[Tensor]:
     return [tensor.index_select(2, index) for layer in layers for tensor in layer]
 
 
-def _hashes(rows: Tensor) -> Tensor:
+def hashes(rows: Tensor) -> Tensor:
     """A hash of every row, ascending in each head: which rows there are, whatever their order."""
     words = rows.view(torch.int64)
     factors = torch.randint(2**62, words.shape[-1:], generator=torch.Generator().manual_seed(0))
@@ -53,7 +53,7 @@ def same_rows(
     filled = kwargs.get("order") == "fill"
     for g, w in zip(got, want, strict=False):
         g = g.to(w.dtype)
-        g, w = (_hashes(g), _hashes(w)) if filled else (g, w)
+        g, w = (hashes(g), hashes(w)) if filled else (g, w)
         assert torch.equal(g, w), "other rows than the reference"
 
 

@@ -9,23 +9,7 @@ import torch
 from torch import Tensor
 
 from .._case import Bad, BadValues, Case, Make
-
-
-def _kept(t: Make, tokens: int, count: int) -> Tensor:
-    return t.permutation(tokens)[:count].sort().values
-
-
-def _ragged(t: Make, tokens: Sequence[int], room: int, shape: tuple[int, ...]) -> Tensor:
-    """Rows (*shape, room) of 0 … room of the first tokens[i] positions; the last row is full."""
-    rows = []
-    for i in range(torch.Size(shape).numel()):
-        most = min(room, tokens[i % len(tokens)])
-        count = (
-            (0, most, most // 2, most // 3)[i % 4] if i + 1 < torch.Size(shape).numel() else most
-        )
-        kept = _kept(t, tokens[i % len(tokens)], count)
-        rows.append(torch.cat((kept, kept.new_full((room - count,), -1))))
-    return torch.stack(rows).view(*shape, room).clone()
+from ._compact import kept, launches_of, moved_rows, ragged, with_options
 
 
 def _cache(t: Make, batch: int, heads: int, tokens: Sequence[int], channels: int) -> list[Any]:
@@ -35,27 +19,27 @@ def _cache(t: Make, batch: int, heads: int, tokens: Sequence[int], channels: int
 
 
 def _per_sample(t: Make) -> dict[str, Any]:
-    index = _ragged(t, [30, 17, 24], 12, (3,))
+    index = ragged(t, [30, 17, 24], 12, (3,))
     lengths = torch.tensor([30, 17, 24], device=t.device)
     return {"layers": _cache(t, 3, 2, [30, 33], 16), "index": index, "lengths": lengths}
 
 
 def _one_layer(t: Make) -> dict[str, Any]:
-    return {"layers": _cache(t, 2, 1, [6], 4), "index": _kept(t, 6, 3)}
+    return {"layers": _cache(t, 2, 1, [6], 4), "index": kept(t, 6, 3)}
 
 
 def _shared(t: Make) -> dict[str, Any]:
-    return {"layers": _cache(t, 2, 3, [40, 29], 5), "index": _kept(t, 29, 13)}
+    return {"layers": _cache(t, 2, 3, [40, 29], 5), "index": kept(t, 29, 13)}
 
 
 def _per_head(t: Make) -> dict[str, Any]:
-    index = _ragged(t, [37], 21, (3, 4)).int()
+    index = ragged(t, [37], 21, (3, 4)).int()
     return {"layers": _cache(t, 3, 4, [37], 24), "index": index}
 
 
 def _per_layer(t: Make) -> dict[str, Any]:
     layers = _cache(t, 2, 3, [20, 1, 33, 8], 32)
-    index = [_kept(t, 20, 6), _kept(t, 1, 1), _ragged(t, [33], 15, (2, 3)), _kept(t, 8, 0)]
+    index = [kept(t, 20, 6), kept(t, 1, 1), ragged(t, [33], 15, (2, 3)), kept(t, 8, 0)]
     return {
         "layers": layers,
         "index": index,
@@ -65,7 +49,7 @@ def _per_layer(t: Make) -> dict[str, Any]:
 
 def _lengths_per_head(t: Make) -> dict[str, Any]:
     """Lengths of their own for every head, shorter than the cache, in 32 bits."""
-    index = _ragged(t, [19, 8, 13], 14, (2, 3))
+    index = ragged(t, [19, 8, 13], 14, (2, 3))
     lengths = torch.tensor([[19, 8, 13]] * 2, device=t.device).int()
     return {"layers": _cache(t, 2, 3, [22, 19], 10), "index": index, "lengths": lengths}
 
@@ -73,7 +57,7 @@ def _lengths_per_head(t: Make) -> dict[str, Any]:
 def _mixed_layers(t: Make) -> dict[str, Any]:
     """Indices of 32 and 64 bits, per head, per sample, shared; lengths likewise."""
     index = [
-        _ragged(t, [20], 7, (2, 3)).int(), _ragged(t, [11], 11, (2,)), _kept(t, 9, 4).int()
+        ragged(t, [20], 7, (2, 3)).int(), ragged(t, [11], 11, (2,)), kept(t, 9, 4).int()
     ]  # fmt: skip
     lengths = [
         torch.full((2, 3), 20), torch.tensor([11, 12]).int(), torch.tensor(9)
@@ -87,19 +71,19 @@ def _with_scales(t: Make) -> dict[str, Any]:
     for tokens in (18, 25):
         values = [t.randint(-128, 128, (2, 2, tokens, 40)).to(torch.int8) for _ in range(2)]
         layers.append((*values, t.rand(2, 2, tokens, 1, dtype=torch.float32)))
-    return {"layers": layers, "index": _ragged(t, [18], 9, (2, 2))}
+    return {"layers": layers, "index": ragged(t, [18], 9, (2, 2))}
 
 
 def _strided(t: Make) -> dict[str, Any]:
     layers = [tuple(t.randn(2, 26, 3, 48)[..., :40].transpose(1, 2) for _ in range(2))]
-    return {"layers": layers, "index": _ragged(t, [26], 32, (2, 32))[:, 0, :20]}
+    return {"layers": layers, "index": ragged(t, [26], 32, (2, 32))[:, 0, :20]}
 
 
 def _rope(
     batch: int, heads: int, tokens: int, channels: int, count: int, rows: tuple[int, ...]
 ) -> Any:
     def make(t: Make) -> dict[str, Any]:
-        index = _ragged(t, [tokens], count, rows) if rows else _kept(t, tokens, count)
+        index = ragged(t, [tokens], count, rows) if rows else kept(t, tokens, count)
         inv_freq = 10000.0 ** -(torch.arange(0, channels, 2, device=t.device) / channels)
         new = torch.arange(count, device=t.device)
         rope = (inv_freq, 3 * index + 70_000, new)
@@ -114,7 +98,7 @@ def _rope(
 
 def _long_range(t: Make) -> dict[str, Any]:
     """Large angles, and entries whose position stays."""
-    index = _kept(t, 50, 30)
+    index = kept(t, 50, 30)
     old = torch.where(index % 3 == 0, index, index + 1_000_003).int()
     inv_freq = t.rand(300, dtype=torch.float32)
     return {
@@ -129,7 +113,7 @@ def _rope_per_layer(t: Make) -> dict[str, Any]:
     """Keys turned by positions of their own in every layer, ragged, below lengths per sample, with
     one more tensor behind the values.
     """
-    index = [_ragged(t, [24, 15], 12, (2, 2)), _ragged(t, [24, 15], 9, (2,)).int()]
+    index = [ragged(t, [24, 15], 12, (2, 2)), ragged(t, [24, 15], 9, (2,)).int()]
     new = [torch.arange(12, device=t.device), torch.arange(9, device=t.device).expand(2, 9)]
     old = [2 * rows + 5 for rows in index]
     return {
@@ -138,10 +122,6 @@ def _rope_per_layer(t: Make) -> dict[str, Any]:
         "lengths": torch.tensor([24, 24], device=t.device),
         "rope": (t.rand(7), old, new),
     }
-
-
-def _with(make: Any, **options: Any) -> Any:
-    return lambda t: make(t) | options
 
 
 _BOTH = ("stable", "fill")
@@ -164,14 +144,20 @@ _SMALL: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
 
 
 def _cache_of(
-    layers: int, batch: int, heads: int, tokens: int, kept: int, channels: int = 128, **options: Any
+    layers: int,
+    batch: int,
+    heads: int,
+    tokens: int,
+    count: int,
+    channels: int = 128,
+    **options: Any,
 ) -> Any:
     """Every layer in memory of its own, filled from one draw."""
 
     def make(t: Make) -> dict[str, Any]:
         rows = t.randn(batch, heads, tokens, channels)
         cache = [(rows.clone(), rows.clone()) for _ in range(layers)]
-        return {"layers": cache, "index": _kept(t, tokens, kept)} | options
+        return {"layers": cache, "index": kept(t, tokens, count)} | options
 
     return make
 
@@ -182,17 +168,8 @@ def _small(inplace: bool) -> list[Case]:
         for order in orders:
             options = {"order": order} | ({"inplace": True} if inplace else {})
             tag = ("test", *tags, *["inplace"] * inplace)
-            cases.append(Case(f"{name}-{order}", _with(make, **options), tag))
+            cases.append(Case(f"{name}-{order}", with_options(make, **options), tag))
     return cases
-
-
-def _moved_rows(row: list[int], inplace: bool, fill: bool) -> int:
-    kept = [position for position in row if position >= 0]
-    if not inplace:
-        return len(kept)
-    if fill:
-        return sum(position >= len(kept) for position in kept)
-    return sum(position != slot for slot, position in enumerate(kept))
 
 
 def cost(kwargs: dict[str, Any]) -> tuple[float, float]:
@@ -202,7 +179,7 @@ def cost(kwargs: dict[str, Any]) -> tuple[float, float]:
     for i, layer in enumerate(kwargs["layers"]):
         index = kwargs["index"] if isinstance(kwargs["index"], Tensor) else kwargs["index"][i]
         table = index.flatten(0, -2).tolist() if index.ndim > 1 else [index.tolist()]
-        rows = sum(_moved_rows(row, inplace, fill) for row in table)
+        rows = sum(moved_rows(row, inplace, fill) for row in table)
         padding = 0 if inplace else int((index < 0).sum())
         share = layer[0].shape[:2].numel() / max(1, index.shape[:-1].numel())
         total += (
@@ -214,24 +191,7 @@ def cost(kwargs: dict[str, Any]) -> tuple[float, float]:
 
 
 def launches(kwargs: dict[str, Any]) -> tuple[int, int]:
-    """One that moves, and one for every 256 integers of the table it reads: 3 for a tensor, 8 for
-    those of one shape and layout, 5 for each list of integers, and for each index 5 more. Integers
-    of 32 bits that share a list with others of 64 are copied.
-    """
-    index, layers = kwargs["index"], kwargs["layers"]
-    indices = [index] if isinstance(index, Tensor) else index
-    counts = [one.shape[-1] for one in indices] * (1 if len(indices) > 1 else len(layers))
-    kinds = {
-        (t.shape, t.stride(), t.element_size(), count)
-        for layer, count in zip(layers, counts, strict=True)
-        for t in layer
-    }
-    lists = [index, index, kwargs.get("lengths"), *(kwargs.get("rope") or ())[1:]]
-    rows = sum(1 if isinstance(one, Tensor) else len(one or ()) for one in lists)
-    narrow = [[t.dtype == torch.int32 for t in one] for one in lists[1:] if isinstance(one, list)]
-    copies = sum(sum(one) for one in narrow if not all(one))
-    integers = 3 * sum(len(layer) for layer in layers) + 8 * len(kinds) + 5 * rows
-    return 1 + -(-integers // 256) + copies, 0
+    return launches_of(kwargs["layers"], kwargs)
 
 
 BAD: list[Bad] = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -49,15 +49,15 @@ class Layout:
     """The table under construction, and what all records together decide."""
 
     def __init__(
-        self, tensors: Sequence[Tensor], targets: Sequence[Tensor], counts: list[int]
-    ) -> None:
+        self, tensors: Sequence[Tensor], targets: Sequence[Tensor],
+        kinds: Sequence[tuple[int, ...]], batch: int,
+    ) -> None:  # fmt: skip
         self.values: list[int] = []
         self.kinds: dict[tuple[int, ...], int] = {}
-        self.walks = 0
+        self.walks, self.batch = 0, batch
         named = []
-        for source, target, count in zip(tensors, targets, counts, strict=True):
-            kind = kind_of(source, count)
-            self.walks += source.shape[0] * source.shape[1]
+        for source, target, kind in zip(tensors, targets, kinds, strict=True):
+            self.walks += batch * kind[0]
             apart = source.data_ptr() | target.data_ptr()
             self.kinds[kind] = min(self.kinds.get(kind, 16), granule(apart, *kind[3:]))
             named.append((source.data_ptr(), target.data_ptr(), kind))
@@ -75,6 +75,18 @@ class Layout:
             strides += [0] * (2 - len(strides))
             self.values += one.data_ptr(), *strides, last
         return place, 4 if len(rows) > 1 else 0
+
+    def add_lists(self, index: Any, lengths: Any, old: Any, new: Any) -> Lists:
+        """All lists of integers, and what is planned of the index."""
+        lists, kinds = zip(*map(alike, (index, lengths, old, new)), strict=True)
+        places = [self.add(rows, n != 1) for n, rows in enumerate(lists)]
+        names = ("INDEX", "LIMITS", "OLD", "NEW")
+        return Lists(
+            tuple(number for place in places for number in place),
+            self.plan(index),
+            dict(zip(names, kinds, strict=True)),
+            lists,
+        )
 
     def plan(self, index: Sequence[Tensor]) -> int:
         """Where it is written which lengths and positions come from which index."""
@@ -118,37 +130,59 @@ def run(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Moves every tensor to its target, which in place is itself; returns lengths, positions."""
     counts, positions = rows_like(index)
-    shared = len(index) == 1
-    slots = [index[0 if shared else i // per_layer].shape[-1] for i in range(len(tensors))]
-    layout = Layout(tensors, targets, slots)
-    lists, kinds = zip(*map(alike, (index, lengths, old, new)), strict=True)
-    places = [layout.add(rows, n != 1) for n, rows in enumerate(lists)]
-    plans = layout.plan(index)
-    words = tuple(sorted(set(layout.kinds.values()), reverse=True))
-    widest, batch = max(kind[6] for kind in layout.kinds), tensors[0].shape[0]
-    stable = in_place and not fill
-    cut = cut_of(widest, layout.walks if stable else PROGRAMS)
-    config = TABLE.choose(min(*words, 8), cut, capability(tensors[0].device))
-    shares = 1 if stable else shares_of(layout, config.blocks["ROWS"], in_place)
-    most_rows = max(one.shape[:-1].numel() for one in index)
-    programs = max(batch * max(1, kind[0]) * max(1, blocks(kind[6], cut)) for kind in layout.kinds)
-    programs = max(programs * shares, min(len(index) * most_rows, PROGRAMS), 1)
-    key, bits, vector = None, None, 1
-    if inv_freq is not None:
-        key, bits = KEYS[tensors[0].dtype]
-        size = tensors[0].element_size()
-        halves = granule(*words, inv_freq.numel() * size)
-        vector = max(1, halves // size)
+    kinds = map(kind_of, tensors, slots_of(tensors, index, per_layer))
+    layout = Layout(tensors, targets, list(kinds), tensors[0].shape[0])
+    lists = layout.add_lists(index, lengths, old, new)
+    work = Work(layout, index, tensors[0], inv_freq, fill, in_place)
     launch(
-        compact, (programs, 1 + len(tensors)),
+        compact, (work.programs, 1 + len(tensors)),
         _fill.integers(layout.values, tensors[0].device), inv_freq, counts, positions,
-        per_layer, batch, shares, len(index), most_rows, plans,
-        *(number for place in places for number in place),
-        config=config, BYTES=cut, WORDS=words,
-        INDEX=kinds[0], LIMITS=kinds[1], OLD=kinds[2], NEW=kinds[3],
-        KEY=key, BITS=bits, VECTOR=vector, IN_PLACE=in_place, FILL=fill,
+        per_layer, layout.batch, work.shares, len(index), work.most_rows, lists.plans,
+        *lists.places,
+        config=work.config, **work.constants, **lists.constants, IN_PLACE=in_place, FILL=fill,
     )  # fmt: skip
     return counts, positions
+
+
+def slots_of(tensors: list[Tensor], index: list[Tensor], per_layer: int) -> list[int]:
+    """How many slots the rows of each tensor have."""
+    shared = len(index) == 1
+    return [index[0 if shared else i // per_layer].shape[-1] for i in range(len(tensors))]
+
+
+class Lists(NamedTuple):
+    """Where the table has the lists of integers, what they are made of, and their memory."""
+
+    places: tuple[int, ...]
+    plans: int
+    constants: dict[str, Any]
+    held: tuple[Sequence[Tensor], ...]
+
+
+class Work:
+    """How much of it one program does, in which words, and how keys are turned."""
+
+    def __init__(
+        self, layout: Layout, index: list[Tensor], key: Tensor, inv_freq: Tensor | None,
+        fill: bool, in_place: bool,
+    ) -> None:  # fmt: skip
+        words = tuple(sorted(set(layout.kinds.values()), reverse=True))
+        widest, stable = max(kind[6] for kind in layout.kinds), in_place and not fill
+        cut = cut_of(widest, layout.walks if stable else PROGRAMS)
+        self.config = TABLE.choose(min(*words, 8), cut, capability(key.device))
+        self.shares = 1 if stable else shares_of(layout, self.config.blocks["ROWS"], in_place)
+        self.most_rows = max(one.shape[:-1].numel() for one in index)
+        heads = (max(1, kind[0]) * max(1, blocks(kind[6], cut)) for kind in layout.kinds)
+        programs = layout.batch * max(heads) * self.shares
+        self.programs = max(programs, min(len(index) * self.most_rows, PROGRAMS), 1)
+        name, bits, vector = None, None, 1
+        if inv_freq is not None:
+            name, bits = KEYS[key.dtype]
+            size = key.element_size()
+            vector = max(1, granule(*words, inv_freq.numel() * size) // size)
+        self.constants: dict[str, Any] = {
+            "BYTES": cut, "WORDS": words, "KEY": name, "BITS": bits, "VECTOR": vector
+        }  # fmt: skip
 
 
 def rows_like(index: list[Tensor]) -> tuple[Tensor, Tensor]:
