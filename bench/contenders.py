@@ -167,8 +167,7 @@ def judge(cell: Cell, contender: Contender, kwargs: Kwargs, truth: Truth) -> Ver
     ):
         return Verdict(left_out=reason)
     try:
-        given = kwargs if contender.role == "peer" else fresh(cell, kwargs)
-        outputs = prepared(cell, given, contender.function)()
+        outputs = prepared(cell, fresh(cell, kwargs), contender.function)()
         if outputs is NotImplemented:
             return Verdict(left_out="does not cover this case")
         got = tensors_in(outputs)
@@ -181,7 +180,7 @@ def judge(cell: Cell, contender: Contender, kwargs: Kwargs, truth: Truth) -> Ver
 
 
 def fresh(cell: Cell, kwargs: Kwargs) -> Kwargs:
-    """The arguments for one call of ours or the reference: copies where it writes into them."""
+    """The arguments for one call: copies where it writes into them."""
     if "inplace" not in cell.case.tags:
         return kwargs
     return tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, kwargs)

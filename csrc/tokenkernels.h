@@ -353,4 +353,20 @@ struct CompactKv {
 Status compact_kv(const CompactKv& params, const Pool& pool);
 int64_t compact_kv_scratch(const CompactKv& params, int threads);
 
+// compact_kv_paged: the same in place, where position t of sample b is row t % block_size of block
+// table[b, t / block_size]. Tells also which blocks a sample no longer needs.
+struct CompactKvPaged {
+  CompactKv cache;    // in_place, with lengths; tokens: max_blocks · block_size
+  const void* table;  // (B, max_blocks), int64 (`wide`) or int32; strides in elements
+  int64_t table_batch_stride, table_stride;
+  bool wide;
+  int64_t max_blocks, block_count, block_size;
+  int64_t* freed;  // out: (B, max_blocks), −1 behind the last
+  void* scratch;
+};
+// Of a tensor (block_count, block_size, G, row_bytes), `from_batch` is the stride of blocks, and
+// `to` and its strides are not read.
+Status compact_kv_paged(const CompactKvPaged& params, const Pool& pool);
+int64_t compact_kv_paged_scratch(const CompactKvPaged& params, int threads);
+
 }  // namespace tk

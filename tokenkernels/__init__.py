@@ -20,6 +20,7 @@ _HOME = {
     "assign_nearest": "assign_nearest",
     "assign_residual": "assign_residual",
     "compact_kv": "compact_kv",
+    "compact_kv_paged": "compact_kv_paged",
     "gather_topk": "gather_topk",
     "merge_adjacent": "merge_adjacent",
     "merge_runs": "merge_runs",

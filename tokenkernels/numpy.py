@@ -14,6 +14,7 @@ import numpy as np
 
 from . import checks
 from .checks import compact_kv as _check_compact_kv
+from .checks import compact_kv_paged as _check_compact_kv_paged
 from .checks.accumulate_codes import accumulate_codes as _check_accumulate_codes
 from .checks.aggregate_logits import aggregate_logits as _check_aggregate_logits
 from .checks.aggregate_soft import aggregate_soft as _check_aggregate_soft
@@ -343,6 +344,39 @@ def compact_kv(
     if rows is index:
         return Compacted(compacted, counts, positions)
     return Compacted(compacted, counts[0], positions[0])
+
+
+class CompactedPages(NamedTuple):
+    """What compact_kv_paged returns."""
+
+    pool: list[tuple[Array, ...]]
+    lengths: Any
+    positions: Any
+    freed: Array
+
+
+def compact_kv_paged(
+    pool: Sequence[Sequence[Array]],
+    block_table: Array,
+    index: Array | Sequence[Array],
+    lengths: Array | Sequence[Array],
+    *,
+    order: str = "stable",
+    rope: tuple[Array, Any, Any] | None = None,
+) -> CompactedPages:
+    """Moves kept positions to each sequence's front blocks; see `tokenkernels.compact_kv_paged`."""
+    _check_compact_kv_paged.check(pool, block_table, index, lengths, order, rope)
+    arrays = [array for layer in pool for array in layer]
+    _check_compact_kv_paged.arrays(arrays, _core.addresses)
+    rotation = (None, (), ()) if rope is None else _rotation(*rope)
+    rows, limits, per_layer = _listed(index), _listed(lengths), len(pool[0])
+    counts, positions, freed = _core.compact_kv_paged(
+        arrays, block_table, rows, limits, per_layer, order == "fill", *rotation
+    )
+    same = [tuple(layer) for layer in pool]
+    if rows is index:
+        return CompactedPages(same, counts, positions, freed)
+    return CompactedPages(same, counts[0], positions[0], freed)
 
 
 def _listed(value: Array | Sequence[Array]) -> Sequence[Array]:

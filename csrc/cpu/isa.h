@@ -23,6 +23,7 @@
   X(assign_nearest, AssignNearest)            \
   X(assign_residual, AssignResidual)          \
   X(compact_kv, CompactKv)                    \
+  X(compact_kv_paged, CompactKvPaged)         \
   X(gather_topk, GatherTopk)                  \
   X(gather_topk_backward, GatherTopkBackward) \
   X(gather_topk_select, GatherTopk)           \

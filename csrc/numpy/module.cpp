@@ -10,6 +10,7 @@ void bind_aggregate_soft(py::module_& m);
 void bind_assign_nearest(py::module_& m);
 void bind_assign_residual(py::module_& m);
 void bind_compact_kv(py::module_& m);
+void bind_compact_kv_paged(py::module_& m);
 void bind_gather_topk(py::module_& m);
 void bind_merge_adjacent(py::module_& m);
 void bind_merge_runs(py::module_& m);
@@ -27,6 +28,7 @@ PYBIND11_MODULE(_numpy, m) {
   tk::bind::bind_assign_nearest(m);
   tk::bind::bind_assign_residual(m);
   tk::bind::bind_compact_kv(m);
+  tk::bind::bind_compact_kv_paged(m);
   tk::bind::bind_gather_topk(m);
   tk::bind::bind_merge_adjacent(m);
   tk::bind::bind_merge_runs(m);

@@ -92,6 +92,15 @@ def moves_from(
 
 
 @triton.jit
+def in_words(pages, SIZE: tl.constexpr, VECTOR: tl.constexpr):
+    """Pages, the stride of their blocks in words of this size, `VECTOR` at a time."""
+    if pages is not None:
+        stride = tl.multiple_of(pages[4] // SIZE, VECTOR)
+        pages = (pages[0], pages[1], pages[2], pages[3], stride)
+    return pages
+
+
+@triton.jit
 def words_at(address, SIZE: tl.constexpr):
     """The address as one of integers of this size."""
     if SIZE == 8:
@@ -106,8 +115,25 @@ def words_at(address, SIZE: tl.constexpr):
 
 
 @triton.jit
+def offset_of(row, wanted, row_stride, pages):
+    """How far the wanted rows are, and for which of them there is a block: for all where the cache
+    has no `pages`.
+
+    Pages are the block table of a sequence and the stride of its entries, the rows of a block, the
+    blocks there are, and their stride.
+    """
+    offset = row.to(tl.int64) * row_stride
+    if pages is not None:
+        block = row // pages[2]
+        number = tl.load(pages[0] + block.to(tl.int64) * pages[1], wanted, -1).to(tl.int64)
+        wanted &= (number >= 0) & (number < pages[3])
+        offset = number * pages[4] + (row - block * pages[2]).to(tl.int64) * row_stride
+    return offset, wanted
+
+
+@triton.jit
 def fetch(
-    source, rows, row_stride, target_stride, column, width, first, last,
+    source, rows, row_stride, target_stride, pages, column, width, first, last,
     ROWS: tl.constexpr, IN_PLACE: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
     """A tile of words, the offsets it goes to, and which of it is written."""
@@ -115,17 +141,18 @@ def fetch(
     writes = slot < last
     if IN_PLACE:
         good &= position != slot
+    offset, good = offset_of(position, good, row_stride, pages)
+    if IN_PLACE:
         writes = good
     inside = (column < width)[None, :]
-    at = source + position.to(tl.int64)[:, None] * row_stride + column[None, :]
-    value = tl.load(at, good[:, None] & inside, 0)
-    to = slot.to(tl.int64)[:, None] * target_stride + column[None, :]
-    return value, to, writes[:, None] & inside
+    value = tl.load(source + offset[:, None] + column[None, :], good[:, None] & inside, 0)
+    to, writes = offset_of(slot, writes, target_stride, pages)
+    return value, to[:, None] + column[None, :], writes[:, None] & inside
 
 
 @triton.jit
 def carry(
-    source, target, rows, row_stride, target_stride, row_bytes, cut, first, last, step,
+    source, target, rows, row_stride, target_stride, pages, row_bytes, cut, first, last, step,
     WORD: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr,
     IN_PLACE: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
@@ -135,17 +162,18 @@ def carry(
     source, target = tl.multiple_of(source, WORD), tl.multiple_of(target, WORD)
     row_stride = tl.multiple_of(row_stride // SIZE, WORD // SIZE)
     target_stride = tl.multiple_of(target_stride // SIZE, WORD // SIZE)
+    pages = in_words(pages, SIZE, WORD // SIZE)
     width = tl.multiple_of(row_bytes // SIZE, WORD // SIZE)
     column = cut * (BYTES // SIZE) + tl.arange(0, BYTES // SIZE)
     if IN_PLACE and not FILL:
         # A tile's slots lie below all that the next tile reads, so that is loaded before.
         value, to, writes = fetch(
-            source, rows, row_stride, target_stride, column, width, first, last,
+            source, rows, row_stride, target_stride, pages, column, width, first, last,
             ROWS, IN_PLACE, FILL,
         )  # fmt: skip
         for number in range(first, last, step):
             value_2, to_2, writes_2 = fetch(
-                source, rows, row_stride, target_stride, column, width, number + step, last,
+                source, rows, row_stride, target_stride, pages, column, width, number + step, last,
                 ROWS, IN_PLACE, FILL,
             )  # fmt: skip
             tl.debug_barrier()
@@ -154,7 +182,7 @@ def carry(
     else:
         for number in range(first, last, step):
             value, to, writes = fetch(
-                source, rows, row_stride, target_stride, column, width, number, last,
+                source, rows, row_stride, target_stride, pages, column, width, number, last,
                 ROWS, IN_PLACE, FILL,
             )  # fmt: skip
             tl.store(target + to, value, writes)
@@ -181,7 +209,7 @@ def cos_sin(angle):
 
 @triton.jit
 def turn(
-    source, target, rows, old, new, inv_freq_ptr, row_stride, target_stride, half, cut,
+    source, target, rows, old, new, inv_freq_ptr, row_stride, target_stride, pages, half, cut,
     first, last, step,
     KEY: tl.constexpr, BITS: tl.constexpr, VECTOR: tl.constexpr,
     ROWS: tl.constexpr, PAIRS: tl.constexpr, IN_PLACE: tl.constexpr, FILL: tl.constexpr,
@@ -192,6 +220,7 @@ def turn(
     target = tl.multiple_of(target.to(tl.pointer_type(BITS)), VECTOR * SIZE)
     row_stride = tl.multiple_of(row_stride // SIZE, VECTOR)
     target_stride = tl.multiple_of(target_stride // SIZE, VECTOR)
+    pages = in_words(pages, SIZE, VECTOR)
     half = tl.multiple_of(half, VECTOR)
     column = cut * PAIRS + tl.arange(0, PAIRS)
     inside = (column < half)[None, :]
@@ -200,7 +229,8 @@ def turn(
         entry, slot, position, good = moves_from(rows, number, last, ROWS, IN_PLACE, FILL)
         by = tl.load(new[0] + entry * new[1], good, 0).to(tl.int64)
         by -= tl.load(old[0] + entry * old[1], good, 0)
-        at = source + position.to(tl.int64)[:, None] * row_stride + column[None, :]
+        offset, good = offset_of(position, good, row_stride, pages)
+        at = source + offset[:, None] + column[None, :]
         low = tl.load(at, good[:, None] & inside, 0)
         high = tl.load(at + half, good[:, None] & inside, 0)
         cosine, sine = cos_sin(by.to(tl.float32)[:, None] * frequency[None, :])
@@ -215,7 +245,8 @@ def turn(
             writes = good & ((position != slot) | (by != 0))
         if IN_PLACE and not FILL:
             tl.debug_barrier()
-        to = target + slot.to(tl.int64)[:, None] * target_stride + column[None, :]
+        offset, writes = offset_of(slot, writes, target_stride, pages)
+        to = target + offset[:, None] + column[None, :]
         tl.store(to, low, writes[:, None] & inside)
         tl.store(to + half, high, writes[:, None] & inside)
 
@@ -249,13 +280,16 @@ def plan(
 
 @triton.jit
 def serve(
-    table_ptr, inv_freq_ptr, tensor, program, per_layer, batch, shares, places,
+    table_ptr, inv_freq_ptr, tensor, program, per_layer, batch, shares, places, blocks,
     ROWS: tl.constexpr, BYTES: tl.constexpr, WORDS: tl.constexpr,
     INDEX: tl.constexpr, LIMITS: tl.constexpr, OLD: tl.constexpr, NEW: tl.constexpr,
     KEY: tl.constexpr, BITS: tl.constexpr, VECTOR: tl.constexpr,
     IN_PLACE: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
-    """Moves what one program has of a head of a tensor: some columns, every so many tiles."""
+    """Moves what one program has of a head of a tensor: some columns, every so many tiles.
+
+    The cache may lie in `blocks`: a table, its strides, the rows of a block, the blocks there are.
+    """
     layer = tensor // per_layer
     record = table_ptr + tensor * TENSOR
     source, target, kind = tl.load(record), tl.load(record + 1), table_ptr + tl.load(record + 2)
@@ -278,7 +312,13 @@ def serve(
             at, _ = row_of(table_ptr, places[2] + layer * places[3], image, head, LIMITS)
             limit = tl.minimum(tl.load(at, count > 0, 0), limit)
         rows = (entries, limit, kept, stays)
-        source += image * tl.load(kind + 3) + head * tl.load(kind + 4)
+        source += head * tl.load(kind + 4)
+        pages = None
+        if blocks is None:
+            source += image * tl.load(kind + 3)
+        else:
+            own = blocks[0] + image.to(tl.int64) * blocks[1]
+            pages = (own, blocks[2], blocks[3], blocks[4], tl.load(kind + 3))
         to, to_stride = source, row_stride
         if not IN_PLACE:
             to = target + (image * heads + head).to(tl.int64) * count * row_bytes
@@ -291,14 +331,14 @@ def serve(
                 SIZE: tl.constexpr = BITS.primitive_bitwidth // 8
                 FEWER: tl.constexpr = ROWS * SIZE // 8
                 turn(
-                    source, to, rows, old, new, inv_freq_ptr, row_stride, to_stride,
+                    source, to, rows, old, new, inv_freq_ptr, row_stride, to_stride, pages,
                     row_bytes // (2 * SIZE), cut, share * FEWER, last, shares * FEWER,
                     KEY, BITS, VECTOR, FEWER, BYTES // (2 * SIZE), IN_PLACE, FILL,
                 )  # fmt: skip
         for w in tl.static_range(len(WORDS)):
             if word == WORDS[w]:
                 carry(
-                    source, to, rows, row_stride, to_stride, row_bytes, cut,
+                    source, to, rows, row_stride, to_stride, pages, row_bytes, cut,
                     start + share * ROWS, last, shares * ROWS,
                     WORDS[w], ROWS, BYTES, IN_PLACE, FILL,
                 )  # fmt: skip
@@ -326,6 +366,6 @@ def compact(
     else:
         places = (index, index_step, limits, limits_step, old, old_step, new, new_step)
         serve(
-            table_ptr, inv_freq_ptr, plane - 1, program, per_layer, batch, shares, places,
+            table_ptr, inv_freq_ptr, plane - 1, program, per_layer, batch, shares, places, None,
             ROWS, BYTES, WORDS, INDEX, LIMITS, OLD, NEW, KEY, BITS, VECTOR, IN_PLACE, FILL,
         )  # fmt: skip
