@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._case import Bad, Case, Make
+from .._case import Bad, BadValues, Case, Make
 from ._compact import kept, launches_of, moved_rows, ragged, with_options
 
 _JUNK = 1_000_003
@@ -221,19 +221,6 @@ def _ropes(kwargs: dict[str, Any], count: int, old: Tensor, new: Tensor) -> dict
 
 
 BAD: list[Bad] = [
-    (lambda kw: _first_index(kw, 24), ValueError, _BAD_INDEX),
-    (lambda kw: _first_index(kw, -1), ValueError, _BAD_INDEX),
-    (lambda kw: _first_index(kw, -7), ValueError, _BAD_INDEX),
-    (lambda kw: _first_index(kw, 2**40), ValueError, _BAD_INDEX),
-    (lambda kw: {"index": kw["index"].flip(-1)}, ValueError, _BAD_INDEX),
-    (lambda kw: {"lengths": kw["lengths"] - 12}, ValueError, _BAD_INDEX),
-    (lambda kw: {"lengths": kw["lengths"] + 12}, ValueError, _BAD_LENGTHS),
-    (lambda kw: {"lengths": -kw["lengths"]}, ValueError, _BAD_LENGTHS),
-    (lambda kw: _block(kw, -1), ValueError, _BAD_BLOCKS),
-    (lambda kw: _block(kw, 29), ValueError, _BAD_BLOCKS),
-    (lambda kw: _block(kw, 2**40), ValueError, _BAD_BLOCKS),
-    (lambda kw: _block(kw, int(kw["block_table"][-1, 1])), ValueError, _BAD_BLOCKS),
-    (lambda kw: _block(kw, int(kw["block_table"][1, 0])), ValueError, _BAD_BLOCKS),
     (
         lambda kw: {"block_table": kw["block_table"].float()},
         TypeError,
@@ -312,9 +299,24 @@ BAD: list[Bad] = [
         ValueError,
         "compact_kv_paged: rope: allowed one pos",
     ),
-    (
+]
+
+BAD_VALUES = [
+    BadValues(lambda kw: _first_index(kw, 24), _BAD_INDEX),
+    BadValues(lambda kw: _first_index(kw, -1), _BAD_INDEX),
+    BadValues(lambda kw: _first_index(kw, -7), _BAD_INDEX),
+    BadValues(lambda kw: _first_index(kw, 2**40), _BAD_INDEX),
+    BadValues(lambda kw: {"index": kw["index"].flip(-1)}, _BAD_INDEX),
+    BadValues(lambda kw: {"lengths": kw["lengths"] - 12}, _BAD_INDEX),
+    BadValues(lambda kw: {"lengths": kw["lengths"] + 12}, _BAD_LENGTHS),
+    BadValues(lambda kw: {"lengths": -kw["lengths"]}, _BAD_LENGTHS),
+    BadValues(lambda kw: _block(kw, -1), _BAD_BLOCKS),
+    BadValues(lambda kw: _block(kw, 29), _BAD_BLOCKS),
+    BadValues(lambda kw: _block(kw, 2**40), _BAD_BLOCKS),
+    BadValues(lambda kw: _block(kw, int(kw["block_table"][-1, 1])), _BAD_BLOCKS),
+    BadValues(lambda kw: _block(kw, int(kw["block_table"][1, 0])), _BAD_BLOCKS),
+    BadValues(
         lambda kw: _ropes(kw, 8, kw["index"], kw["index"] + 2**31),
-        ValueError,
         "compact_kv_paged: rope: allowed positions of 32 bits",
     ),
 ]

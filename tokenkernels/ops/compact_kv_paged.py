@@ -225,6 +225,7 @@ OP = Op(
     function=compact_kv_paged,
     cases=cases.CASES,
     bad=cases.BAD,
+    bad_values=cases.BAD_VALUES,
     cost=cases.cost,
     casts=False,
     launches=cases.launches,
