@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import re
 import sys
@@ -192,7 +193,7 @@ def kernels_table(calls: list[Call], built: dict[str, Any]) -> Table:
                     str(k["registers"]),
                     number(k["shared"] / 1024),
                     str(together(k)),
-                    str(launch.grid[0]),
+                    str(math.prod(launch.grid)),
                     "" if behind_a_table else number(touched(launch) / 1e6),
                     launch.config.reason,
                 ]
