@@ -1,9 +1,11 @@
-// The whole C++ API of the CPU core: one plain struct per op, filled by a binding, read by a
-// kernel.
+// The whole C++ API: one plain struct per op, filled by a binding, read by a kernel.
 //
 // A binding checks, allocates the outputs and `<op>_scratch` bytes, and calls `<op>(params, pool)`.
-// The kernel allocates nothing and owns no thread: it lends out ranges through `Pool`. Strides
-// count elements; the last dimension of a token tensor is contiguous. Letters: B batch, P prefix
+// The kernel allocates nothing and owns no thread: it lends out ranges through `Pool`. On a GPU it
+// is `<op>_cuda(params, stream)`, every pointer being one of the device: it launches, waits for
+// nothing, and returns null or what went wrong in words; values that only the GPU sees it does not
+// follow where they are bad. Strides count elements; the last dimension of a token tensor is
+// contiguous. Letters: B batch, P prefix
 // tokens, N tokens in, M tokens out, C channels, H heads, D head dim, K codes, L layers.
 #pragma once
 
@@ -305,6 +307,7 @@ struct MergeBackward {
 // kBadValue: an index outside [0, rows).
 Status merge_backward(const MergeBackward& params, const Pool& pool);
 int64_t merge_backward_scratch(const MergeBackward& params, int threads);
+const char* merge_backward_cuda(const MergeBackward& params, void* stream);
 // compact_kv: the kept positions of a key/value cache move together, all layers in one call. Rows
 // are bytes, whatever the dtype; with `inv_freq` the first tensor of every layer (the keys) is
 // rotated by the difference of two positions on the way. Out of place the rows behind the kept ones

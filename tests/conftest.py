@@ -5,6 +5,7 @@ have them.
 import os
 from pathlib import Path
 
+import cuda_on_host
 import pytest
 import torch
 
@@ -44,6 +45,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="all" if torch.cuda.is_available() else "short",
         help="short: of Triton, interpreted, what is computed in every dtype, and gradients",
     )
+    parser.addoption(
+        "--cuda-on-host",
+        action="store_true",
+        help="of the backends only CUDA kernels that run on the CPU",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--cuda-on-host"):
+        cuda_on_host.load()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

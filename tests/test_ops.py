@@ -13,6 +13,7 @@ from trial import (
     BACKENDS,
     DEVICE,
     MAIN,
+    THREADED,
     arguments,
     assert_same_bits,
     batch_size,
@@ -186,13 +187,13 @@ def _with_threads(op: Op, draw: Callable[[], dict[str, Any]], backend: str) -> N
 
 
 @every_case
-@pytest.mark.parametrize("backend", MAIN)
+@pytest.mark.parametrize("backend", THREADED)
 def test_threads_do_not_matter(op: Op, case: Case, backend: str) -> None:
     _with_threads(op, lambda: arguments(op, case), backend)
 
 
 @every_op
-@pytest.mark.parametrize("backend", MAIN)
+@pytest.mark.parametrize("backend", THREADED)
 def test_threads_do_not_matter_where_there_is_work_for_all(op: Op, backend: str) -> None:
     """The first case for many images; where there are none, the first case of the benchmark."""
     timed = [case for case in op.cases if "bench" in case.tags][:1]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import cuda_on_host
 import pytest
 import torch
 from torch.utils._pytree import tree_map
@@ -28,6 +29,9 @@ HERE = ["native"] * any(op.why_not("native", DEVICE) is None for op in OPS.value
 NATIVE = HERE if DEVICE == "cuda" else [f"native-{s}" for s in INSTRUCTION_SETS]
 BACKENDS = NATIVE + ["triton"] * any(op.why_not("triton", DEVICE) is None for op in OPS.values())
 MAIN = [b for b in BACKENDS if b in ("native", "triton", *(f"native-{s}" for s in BEST))]
+THREADED = MAIN
+if cuda_on_host.loaded:
+    BACKENDS, MAIN, THREADED = [cuda_on_host.KIND], [cuda_on_host.KIND], []
 
 test_cases = [(op, case) for op in OPS.values() for case in op.cases if "test" in case.tags]
 every_case = pytest.mark.parametrize(

@@ -126,6 +126,11 @@ class Op:
         packet = getattr(torch.ops.tokenkernels, self.name)
         self._kinds[kind] = getattr(packet, "default" if kind == "native" else kind)
 
+    def extend(self, kind: str, device: str) -> None:
+        """One more overload, for tests: `<op>.<kind>`, whose kernel somebody else registers."""
+        self._define(kind, f"{self.name}.{kind}", self.schema[len(self.name) :])
+        self.overloads[kind, device] = self._kinds[kind]
+
     def _triton(self, *args: Any) -> Any:
         module = importlib.import_module(f"tokenkernels.triton.{self.name}")
         return getattr(module, self.name)(*args)
@@ -148,9 +153,9 @@ class Op:
                 f"tokenkernels::{self.name}", key
             ):
                 return f"the shared object has no {self.name} for {device}"
+        elif backend not in self._kinds:
+            return f"there is no {backend} kernel of {self.name}"
         if backend == "triton":
-            if "triton" not in self._kinds:
-                return f"there is no Triton kernel of {self.name}"
             if missing := _no_triton(device):
                 return missing
             self.overloads.setdefault(("triton", device), self._kinds["triton"])

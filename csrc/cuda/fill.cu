@@ -12,7 +12,9 @@ __global__ void fill_kernel(float* to, int64_t count, float value) {
 }  // namespace
 
 const char* fill_cuda(float* to, int64_t count, float value, void* stream) {
-  return cuda::launch(fill_kernel, count, stream, to, count, value);
+  const int64_t blocks = cuda::blocks_for(count, cuda::kThreads);
+  return cuda::launch<fill_kernel>({.blocks = blocks, .threads = cuda::kThreads, .stream = stream},
+                                   to, count, value);
 }
 
 }  // namespace tk

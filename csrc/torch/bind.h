@@ -54,7 +54,8 @@ inline DType dtype_of(const Tensor& tensor, const char* op) {
 }
 
 // At most 16 dimensions.
-inline Tensor empty(const int64_t* sizes, int64_t dims, ScalarType type) {
+inline Tensor empty(const int64_t* sizes, int64_t dims, ScalarType type,
+                    int32_t device_type = aoti_torch_device_type_cpu(), int32_t device = 0) {
   int64_t strides[16];
   int64_t stride = 1;
   for (int64_t i = dims - 1; i >= 0; --i) {
@@ -64,7 +65,7 @@ inline Tensor empty(const int64_t* sizes, int64_t dims, ScalarType type) {
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      aoti_torch_device_type_cpu(), 0, &handle));
+      device_type, device, &handle));
   return Tensor(handle);
 }
 

@@ -1,4 +1,4 @@
-// merge_adjacent, and the gradient of both merges, for torch tensors on the CPU.
+// merge_adjacent, and the gradient of both merges, for torch tensors.
 #include "torch/merge.h"
 
 namespace tk::bind {
@@ -61,7 +61,7 @@ void set_counts(const std::vector<int64_t>& counts, bool dense, MergeAdjacent& p
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> merge_adjacent_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor> merge_adjacent(
     Tensor x, std::vector<int64_t> grid, std::vector<int64_t> window,
     std::optional<double> threshold, std::optional<std::vector<int64_t>> counts, bool dense,
     std::optional<Tensor> size, int64_t prefix, bool by_similarity) {
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_adjacent_cpu(
   const Pool threads = pool();
   Scratch scratch(merge_adjacent_scratch(p, threads.threads));
   p.scratch = scratch.data();
-  check(merge_adjacent(p, threads), op, "num_windows: allowed 0 … windows");
+  check(tk::merge_adjacent(p, threads), op, "num_windows: allowed 0 … windows");
   if (!flat) return {tokens, sizes, index, offsets};
   rows = p.offsets[p.batch];
   tokens = head(tokens, rows);
@@ -107,9 +107,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_adjacent_cpu(
 
 // grad (total, C) is packed: one image of rows for all; grad (B, M, C) has its rows per image.
 // merged_size has the same rows.
-Tensor merge_backward_cpu(Tensor grad, Tensor index, std::optional<Tensor> size,
-                          Tensor merged_size) {
+Tensor merge_backward(Tensor grad, Tensor index, std::optional<Tensor> size, Tensor merged_size) {
   const char* op = "merge_backward";
+  const Place place(grad);
   check(grad.dim() == 2 || grad.dim() == 3, op, "grad: allowed (total, C) or (B, M, C)");
   check(index.dim() == 2 && index.scalar_type() == ScalarType::Long, op,
         "index: allowed int64 (B, P+N)");
@@ -134,17 +134,22 @@ Tensor merge_backward_cpu(Tensor grad, Tensor index, std::optional<Tensor> size,
   p.merged_batch_stride = packed ? 0 : p.rows;
   p.index = static_cast<const int64_t*>(index.data_ptr());
   set_size(size, p.batch, p.length, op, p);
-  Tensor grad_x = empty({p.batch, p.length, p.channels}, grad.scalar_type());
+  Tensor grad_x = place.empty({p.batch, p.length, p.channels}, grad.scalar_type());
   p.grad_x = grad_x.data_ptr();
-  check(merge_backward(p, pool()), op, "index: allowed rows of grad");
+  place.run(
+      op, "index: allowed rows of grad",
+      [&](const auto& threads) { return tk::merge_backward(p, threads); },
+      [&](auto* stream) { return merge_backward_cuda(p, stream); });
   return grad_x;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tokenkernels, CPU, m) {
-  m.impl("merge_adjacent", TORCH_BOX(&merge_adjacent_cpu));
-  m.impl("merge_backward", TORCH_BOX(&merge_backward_cpu));
+TK_LIBRARY(CPU, m) {
+  TK_IMPL(m, merge_adjacent);
+  TK_IMPL(m, merge_backward);
 }
+
+TK_LIBRARY(CUDA, m) { TK_IMPL(m, merge_backward); }
 
 }  // namespace tk::bind

@@ -1,0 +1,92 @@
+"""CUDA kernels on the CPU, for tests: builds the object, registers its kernels as one more overload
+of their ops, and starts the child processes in which they run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenkernels import ops
+from tokenkernels._op import OPS
+
+KIND = "cuda_on_host"
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build" / "cmake"
+FAULT = 86
+"""What a process ends with in which a kernel did something wrong."""
+
+loaded: list[str] = []
+"""The ops whose CUDA kernels run here, once `load` was called."""
+
+
+@cache
+def build(target: str) -> Path:
+    """The object or program of that name, made anew where a source has changed."""
+    if not (BUILD / "build.ninja").exists():
+        pytest.skip("no native build in this checkout")
+    command = ["cmake", "--build", str(BUILD), "--target", target]
+    done = subprocess.run(command, capture_output=True, text=True, env=plain_environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    return BUILD / KIND / target
+
+
+def load() -> None:
+    """Registers `<op>.cuda_on_host` for every op that has a CUDA kernel."""
+    path = build(KIND).with_suffix(".so")
+    ops.load()
+    torch.ops.load_library(str(path))
+    registered = set(torch._C._dispatch_get_registrations_for_dispatch_key("CPU"))
+    for op in OPS.values():
+        if f"tokenkernels::{op.name}.{KIND}" in registered:
+            op.extend(KIND, "cpu")
+            loaded.append(op.name)
+
+
+def schedule(order: int, window: int) -> None:
+    """Blocks start ascending (0), descending (1) or shuffled (2), `window` at a time, 0: all; with
+    order −1 launches take these in turn.
+    """
+    path = build(KIND).with_suffix(".so")
+    ctypes.CDLL(str(path)).tokenkernels_schedule(order, window)
+
+
+def plain_environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "ASAN_OPTIONS")}
+
+
+def checked_environment() -> dict[str, str]:
+    """One in which the address sanitizer knows where every allocation ends."""
+    names = ("libasan.so", "libstdc++.so")
+    command = [os.environ.get("CXX", "c++")]
+    found = [
+        subprocess.run([*command, f"-print-file-name={name}"], capture_output=True, text=True)
+        for name in names
+    ]
+    paths = [done.stdout.strip() for done in found]
+    if not all(Path(path).is_absolute() for path in paths):
+        pytest.skip("this compiler has no address sanitizer")
+    return plain_environment() | {
+        "LD_PRELOAD": " ".join(paths),
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")]),
+    }
+
+
+def run_tests(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The tests of the registry on this overload, in a process of their own."""
+    command = [
+        *(sys.executable, "-m", "pytest", "tests/test_ops.py", "--cuda-on-host", "--capture=sys"),
+        *("-q", "-k", KIND, *arguments),
+    ]
+    build(KIND)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=checked_environment()
+    )

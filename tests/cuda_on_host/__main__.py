@@ -1,0 +1,15 @@
+"""`python tests/cuda_on_host --op NAME -k TEXT`: the tests of the registry with CUDA kernels on the
+CPU, as `make test` runs them.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+import cuda_on_host
+
+done = cuda_on_host.run_tests(*sys.argv[1:])
+sys.stdout.write(done.stdout)
+sys.stderr.write(done.stderr)
+sys.exit(done.returncode)

@@ -1,0 +1,269 @@
+// The executor: admits blocks, resumes their threads in turn, and knows when nothing can move.
+#include "cuda_on_host/executor.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <random>
+
+namespace tk::cuda::host {
+
+Now now;
+
+bool operator==(const Site& a, const Site& b) {
+  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
+
+namespace {
+
+void* scheduler_stack;
+int fixed_order = -1, fixed_window = 0;
+unsigned launches;
+
+void start() {
+  now.grid.body(now.grid.context);
+  now.fiber->state = State::kDone;
+  ++now.block->done;
+  void* never;
+  tk_switch(&never, scheduler_stack);
+}
+
+void resume(Block& block, int thread) {
+  Fiber& fiber = block.fibers[static_cast<size_t>(thread)];
+  now.block = &block;
+  now.fiber = &fiber;
+  now.arena_slot = reinterpret_cast<uintptr_t>(block.arena) - kMargin;
+  now.stack = reinterpret_cast<uintptr_t>(fiber.stack);
+  tk_switch(&scheduler_stack, fiber.stack_pointer);
+  if (!intact(fiber.stack)) fault("a thread needs more than 64 KB of stack");
+}
+
+// Lanes that a waiting lane counts on and that will not come.
+void explain_warp(Block& block, int thread) {
+  const Exchange& mine = block.fibers[static_cast<size_t>(thread)].exchange;
+  const int first = thread / 32 * 32;
+  for (int lane = 0; lane < 32; ++lane) {
+    if (!(mine.mask >> lane & 1)) continue;
+    const bool there = first + lane < block.threads;
+    const Fiber* other = there ? &block.fibers[static_cast<size_t>(first + lane)] : nullptr;
+    const Exchange* its = there && other->state == State::kWarp ? &other->exchange : nullptr;
+    if (its && its->what == mine.what && its->mask == mine.mask && its->site == mine.site) continue;
+    now.fiber = &block.fibers[static_cast<size_t>(thread)];
+    std::string why =
+        !there                            ? "does not exist"
+        : other->state == State::kDone    ? "has ended"
+        : other->state == State::kBarrier ? "waits at the barrier of " + place_of(other->site)
+        : its == nullptr ? "waits at " + place_of(other->site)
+                         : std::string("is at the ") + its->what + " of " + place_of(its->site);
+    fault(std::string(mine.what) + " with an inactive lane: lane " + std::to_string(lane) +
+          " is in its mask but " + why);
+  }
+}
+
+// Threads wait and nothing will wake them: a warp that is not complete, or a barrier.
+void explain(Block& block) {
+  for (int t = 0; t < block.threads; ++t) {
+    if (block.fibers[static_cast<size_t>(t)].state == State::kWarp) explain_warp(block, t);
+  }
+  for (int t = 0; t < block.threads; ++t) {
+    Fiber& fiber = block.fibers[static_cast<size_t>(t)];
+    if (fiber.state != State::kBarrier) continue;
+    now.fiber = &fiber;
+    const auto ended = std::find_if(block.fibers.begin(), block.fibers.end(),
+                                    [](const Fiber& f) { return f.state == State::kDone; });
+    fault("barrier divergence: " + std::to_string(block.arrived) + " of " +
+          std::to_string(block.threads) + " threads wait, thread " +
+          std::to_string(ended - block.fibers.begin()) + " has ended");
+  }
+}
+
+// Resumes all threads that can move; whether any did.
+bool turn(Block& block) {
+  block.moved = false;
+  block.ready.insert(block.ready.end(), block.waiting.begin(), block.waiting.end());
+  block.waiting.clear();
+  std::vector<uint16_t> batch;
+  while (!block.ready.empty()) {
+    batch.swap(block.ready);
+    block.ready.clear();
+    for (const uint16_t thread : batch) {
+      const bool waited = block.fibers[thread].state == State::kWaiting;
+      resume(block, thread);
+      block.moved |= !waited || block.fibers[thread].state != State::kWaiting;
+    }
+  }
+  now.block = &block;
+  if (block.waiting.empty() && block.done < block.threads) explain(block);
+  return block.moved;
+}
+
+class Run {
+ public:
+  explicit Run(std::mt19937& random) : random_(random) {
+    const Grid& grid = now.grid;
+    total_ = grid.blocks[0] * grid.blocks[1] * grid.blocks[2];
+    order_.resize(static_cast<size_t>(total_));
+    for (int64_t i = 0; i < total_; ++i) order_[static_cast<size_t>(i)] = i;
+    if (now.schedule.order == Order::kDescending) std::reverse(order_.begin(), order_.end());
+    if (now.schedule.order == Order::kShuffled) std::shuffle(order_.begin(), order_.end(), random_);
+    window_ = std::min<int64_t>({now.schedule.window > 0 ? now.schedule.window : total_, kBlocks,
+                                 kFibers / grid.threads, total_});
+  }
+
+  void whole() {
+    while (admitted_ < total_ || !resident_.empty()) {
+      bool moved = false;
+      while (admitted_ < total_ && static_cast<int64_t>(resident_.size()) < window_) {
+        admit();
+        moved = true;
+      }
+      now.resident = static_cast<int64_t>(resident_.size());
+      for (size_t i = 0; i < resident_.size();) {
+        moved |= turn(*resident_[i]);
+        if (resident_[i]->done < resident_[i]->threads) {
+          ++i;
+          continue;
+        }
+        moved = true;
+        free_.push_back(resident_[i]);
+        resident_.erase(resident_.begin() + static_cast<int64_t>(i));
+      }
+      if (!moved) deadlock();
+    }
+  }
+
+ private:
+  void admit() {
+    static std::vector<std::unique_ptr<Block>> pool;
+    if (free_.empty() && slots_ == pool.size()) pool.push_back(std::make_unique<Block>());
+    Block* block = free_.empty() ? pool[slots_].get() : free_.back();
+    if (free_.empty()) {
+      block->slot = static_cast<int>(slots_++);
+    } else {
+      free_.pop_back();
+    }
+    const int64_t place = order_[static_cast<size_t>(admitted_)];
+    block->number = admitted_++;
+    block->index[0] = place % now.grid.blocks[0];
+    block->index[1] = place / now.grid.blocks[0] % now.grid.blocks[1];
+    block->index[2] = place / now.grid.blocks[0] / now.grid.blocks[1];
+    reset(*block);
+    resident_.push_back(block);
+  }
+
+  void reset(Block& block) {
+    const int threads = now.grid.threads;
+    block.threads = threads;
+    block.done = block.arrived = block.votes = block.verdict = 0;
+    block.epoch = 0;
+    block.waiting.clear();
+    block.ready.resize(static_cast<size_t>(threads));
+    block.fibers.resize(static_cast<size_t>(threads));
+    for (int t = 0; t < threads; ++t) {
+      Fiber& fiber = block.fibers[static_cast<size_t>(t)];
+      fiber.stack = stacks() + kStack * static_cast<size_t>(block.slot * threads + t);
+      fiber.stack_pointer = prepare(fiber.stack, &start);
+      fiber.state = State::kReady;
+      fiber.exchange.what = nullptr;
+      block.ready[static_cast<size_t>(t)] = static_cast<uint16_t>(t);
+    }
+    if (now.schedule.order == Order::kDescending)
+      std::reverse(block.ready.begin(), block.ready.end());
+    if (now.schedule.order == Order::kShuffled)
+      std::shuffle(block.ready.begin(), block.ready.end(), random_);
+    block.clocks.assign(static_cast<size_t>(threads) * 32, 0);
+    for (int t = 0; t < threads; ++t) block.clocks[static_cast<size_t>(t * 32 + t % 32)] = 1;
+    open_arena(block, now.grid.shared);
+  }
+
+  [[noreturn]] void deadlock() {
+    std::string more;
+    for (const Block* block : resident_) {
+      for (const uint16_t t : block->waiting) {
+        more += "  " + name_of(*block) + ", thread " + std::to_string(t) + " waits at " +
+                place_of_thread(*block, t) + "\n";
+        break;
+      }
+    }
+    now.block = resident_.front();
+    now.fiber = &now.block->fibers[now.block->waiting.front()];
+    fault("deadlock: " + std::to_string(resident_.size()) + " resident blocks wait for each other" +
+              (admitted_ < total_ ? " or for one of the " + std::to_string(total_ - admitted_) +
+                                        " that find no room"
+                                  : ""),
+          more);
+  }
+
+  std::mt19937& random_;
+  std::vector<int64_t> order_;
+  std::vector<Block*> resident_, free_;
+  int64_t total_ = 0, admitted_ = 0, window_ = 0;
+  size_t slots_ = 0;
+};
+
+}  // namespace
+
+void park(State state, Site site) {
+  now.fiber->state = state;
+  now.fiber->site = site;
+  tk_switch(&now.fiber->stack_pointer, scheduler_stack);
+  now.fiber->state = State::kReady;
+}
+
+void wake(Block& block, int thread) {
+  block.fibers[static_cast<size_t>(thread)].state = State::kReady;
+  block.ready.push_back(static_cast<uint16_t>(thread));
+}
+
+void yield(bool first, Site site) {
+  now.block->moved |= first;
+  now.block->waiting.push_back(static_cast<uint16_t>(current_thread()));
+  park(State::kWaiting, site);
+}
+
+int barrier(bool condition, Site site) {
+  Block& block = *now.block;
+  if (block.arrived == 0) {
+    block.barrier = site;
+    block.first_at_barrier = static_cast<uint16_t>(current_thread());
+    block.votes = 0;
+  } else if (!(site == block.barrier)) {
+    fault("barrier divergence: thread " + std::to_string(block.first_at_barrier) +
+          " waits at another barrier, " + place_of(block.barrier));
+  }
+  block.votes += condition;
+  if (++block.arrived < block.threads) {
+    park(State::kBarrier, site);
+    return block.verdict;
+  }
+  block.arrived = 0;
+  block.verdict = block.votes;
+  ++block.epoch;
+  for (int t = 0; t < block.threads; ++t) {
+    if (t != current_thread()) wake(block, t);
+  }
+  return block.verdict;
+}
+
+void set_schedule(int order, int window) {
+  fixed_order = order;
+  fixed_window = window;
+}
+
+void run(const Grid& grid) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  constexpr int kWindows[] = {0, 1, 2};
+  const unsigned turn_of = launches++;
+  now.grid = grid;
+  now.schedule = fixed_order >= 0
+                     ? Schedule{static_cast<Order>(fixed_order), fixed_window}
+                     : Schedule{static_cast<Order>(turn_of % 3), kWindows[turn_of / 3 % 3]};
+  std::mt19937 random(turn_of);
+  Run(random).whole();
+  now.block = nullptr;
+  now.fiber = nullptr;
+}
+
+}  // namespace tk::cuda::host

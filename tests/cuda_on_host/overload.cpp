@@ -1,0 +1,12 @@
+// What the test object adds to the bindings: what they borrow is always poisoned, and tests choose
+// the schedule.
+#include "cuda_on_host/executor.h"
+
+namespace tk::bind {
+bool poisoned = true;
+}
+
+extern "C" __attribute__((visibility("default"))) void tokenkernels_schedule(int order,
+                                                                             int window) {
+  tk::cuda::host::set_schedule(order, window);
+}
