@@ -64,6 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items
         if not (wanted and _parameter(item, "op", wanted) != wanted)
         and not (short and _parameter(item, "backend", "") == "triton" and _is_long(item))
+        and not (cuda_on_host.loaded and _parameter(item, "op", "") not in cuda_on_host.loaded)
     ]
 
 

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <string>
 #include <string_view>
+#include <type_traits>
 
 #include "cuda_on_host/executor.h"
 
@@ -82,7 +83,8 @@ void settle_reduce(Exchange* lanes, uint32_t mask) {
 // Launches.
 
 template <auto kernel, class... Params>
-const char* launch_as(void (*)(Params...), const char* name, const Launch& how, Params... params) {
+const char* launch_as(void (*)(Params...), const char* name, const Launch& how,
+                      std::type_identity_t<Params>... params) {
   auto body = [&] { kernel(params...); };
   host::run({name,
              {how.blocks, how.blocks_y, how.blocks_z},

@@ -55,11 +55,13 @@ Exchange& exchange(const char* what, Settle settle, uint32_t mask, Site site,
 // Lane `lane_wanted` gives what this lane gets.
 void settle_shuffle(Exchange* lanes, uint32_t mask) {
   for (uint32_t left = mask; left != 0; left &= left - 1) {
-    Exchange& lane = lanes[std::countr_zero(left)];
-    if (!(mask >> lane.lane_wanted & 1))
-      fault(std::string(lane.what) + " from an inactive lane: lane " +
-            std::to_string(std::countr_zero(left)) + " reads lane " +
-            std::to_string(lane.lane_wanted) + ", which is not in the mask");
+    const int number = std::countr_zero(left);
+    Exchange& lane = lanes[number];
+    if (!(mask >> lane.lane_wanted & 1)) {
+      now.fiber += number - current_thread() % 32;
+      fault(std::string(lane.what) + " from an inactive lane: lane " + std::to_string(number) +
+            " reads lane " + std::to_string(lane.lane_wanted) + ", which is not in the mask");
+    }
     for (int i = 0; i < 2; ++i) lane.result[i] = lanes[lane.lane_wanted].value[i];
   }
 }

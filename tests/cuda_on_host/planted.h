@@ -1,0 +1,25 @@
+// What the program of planted faults and sound kernels calls by name.
+#pragma once
+
+#include <cstdint>
+
+namespace tk::cuda::host {
+
+constexpr int kCount = 512;  // words of the memory that a planted kernel gets
+
+struct Planted {
+  const char* name;
+  const char* (*launch)(uint32_t* memory);
+};
+extern const Planted kPlanted[];
+extern const int kPlantedCount;
+
+// A kernel without fault, launched and compared with what it must give: null, or what differs.
+struct Sound {
+  const char* name;
+  const char* (*run)();
+};
+extern const Sound kSound[];
+extern const int kSoundCount;
+
+}  // namespace tk::cuda::host

@@ -1,0 +1,88 @@
+"""CUDA kernels on the CPU: planted faults are all caught and told in words, kernels without fault
+compute right, and those of the ops pass the tests of the registry.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import cuda_on_host
+import pytest
+
+SOURCE = Path(__file__).parent / "cuda_on_host" / "planted.cu"
+LINES = {
+    found[1]: number
+    for number, line in enumerate(SOURCE.read_text().splitlines(), 1)
+    if (found := re.search(r"// planted: (\w+)", line))
+}
+ASCENDING, DESCENDING = 0, 1
+FAULTS = [
+    ("barrier_divergence", "barrier divergence: 40 of 64 threads wait, thread 40 has ended"),
+    ("two_barriers", r"barrier divergence: thread 0 waits at another barrier, .*planted\.cu:\d+"),
+    ("inactive_lanes", "shuffle with an inactive lane: lane 16 is in its mask but has ended"),
+    ("lane_outside_mask", "from an inactive lane: lane 8 reads lane 16, which is not in the mask"),
+    ("lanes_apart", r"ballot with an inactive lane: lane 1 .* but is at the ballot of"),
+    ("race", r"race on shared memory: read of byte \d+ .*, which thread \d+ wrote at"),
+    ("race_of_writers", r"race on shared memory: write of byte 0 .*, which thread 0 wrote at"),
+    ("race_after_reading", r"race on shared memory: write of byte \d+ .*, which thread \d+ read"),
+    ("race_within_a_warp", r"race on shared memory: read of byte \d+"),
+    ("race_with_an_atomic", r"race on shared memory: (read|atomic) of byte 0"),
+    ("outside_global", "out of bounds of global memory: write of 4 bytes"),
+    ("vector_outside_global", "out of bounds of global memory: read of 16 bytes"),
+    ("behind_an_array", "out of bounds of shared memory: write of 4 bytes at byte 256"),
+    ("outside_shared", "out of bounds of shared memory: write of 4 bytes at byte -4000"),
+    ("more_shared_than_launched", "shared memory: 40000 bytes wanted, the launch gave 4096"),
+    ("uninitialised", "uninitialised shared memory: read of 4 bytes at byte 28"),
+    ("misaligned_vector", "misaligned access: read of 16 bytes"),
+    ("misaligned_pointer", "misaligned access: write of 4 bytes"),
+    ("local_of_another", "read of a local variable of another thread"),
+    ("look_back", r"deadlock: 1 resident blocks wait .* the 4 that find no room"),
+    ("never", "deadlock: 5 resident blocks wait for each other"),
+]
+ELSEWHERE = {"race_with_an_atomic"}
+"""Two lines are to blame; which one is named depends on who comes first."""
+
+
+@cache
+def program(*arguments: str, checked: bool) -> subprocess.CompletedProcess[str]:
+    path = cuda_on_host.build("cuda_on_host_program")
+    environment = (
+        cuda_on_host.checked_environment() if checked else cuda_on_host.plain_environment()
+    )
+    return subprocess.run([path, *arguments], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize(("kernel", "words"), FAULTS, ids=[name for name, _ in FAULTS])
+def test_a_planted_fault_is_caught_and_told(kernel: str, words: str) -> None:
+    schedule = (DESCENDING, 1) if kernel == "look_back" else (ASCENDING, 0)
+    done = program("planted", kernel, *map(str, schedule), checked=True)
+    assert done.returncode == cuda_on_host.FAULT, done.stdout + done.stderr
+    assert re.search(words, done.stderr), done.stderr
+    line = r"\d+" if kernel in ELSEWHERE else LINES[kernel]
+    place = rf"kernel host::{kernel}, block \d+, thread \d+, tests/cuda_on_host/planted\.cu:{line}$"
+    assert re.search(place, done.stderr, re.MULTILINE), done.stderr
+
+
+def test_every_planted_fault_is_tried() -> None:
+    done = program("list", checked=False)
+    assert done.stdout.split() == [name for name, _ in FAULTS]
+
+
+def test_a_look_back_that_needs_an_order_passes_where_it_gets_it() -> None:
+    done = program("planted", "look_back", str(ASCENDING), "1", checked=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "not caught")
+
+
+def test_kernels_without_fault_compute_right_in_every_schedule() -> None:
+    done = program("sound", checked=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.usefixtures("native")
+def test_the_kernels_of_the_ops_pass_the_tests_of_the_registry() -> None:
+    done = cuda_on_host.run_tests()
+    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
+    assert re.search(r"\d+ passed", done.stdout), done.stdout
