@@ -5,6 +5,7 @@ compute right, and those of the ops pass the tests of the registry.
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -12,10 +13,11 @@ from pathlib import Path
 import cuda_on_host
 import pytest
 
-SOURCE = Path(__file__).parent / "cuda_on_host" / "planted.cu"
-LINES = {
-    found[1]: number
-    for number, line in enumerate(SOURCE.read_text().splitlines(), 1)
+HERE = Path(__file__).parent / "cuda_on_host"
+PLACES = {
+    found[1]: f"tests/cuda_on_host/{source.name}:{number}"
+    for source in HERE.glob("planted*.cu")
+    for number, line in enumerate(source.read_text().splitlines(), 1)
     if (found := re.search(r"// planted: (\w+)", line))
 }
 ASCENDING, DESCENDING = 0, 1
@@ -41,9 +43,25 @@ FAULTS = [
     ("local_of_another", "read of a local variable of another thread"),
     ("look_back", r"deadlock: 1 resident blocks wait .* the 4 that find no room"),
     ("never", "deadlock: 5 resident blocks wait for each other"),
+    ("copy_without_wait", "race on shared memory: read .* a copy is under way"),
+    ("copy_without_barrier", "race on shared memory: read of byte 28 .*, which thread 7 wrote at"),
+    ("copy_never_committed", "race on shared memory: read .* a copy is under way"),
+    ("misaligned_copy", "misaligned access: read of 16 bytes"),
+    ("bulk_without_wait", "uninitialised shared memory: read"),
+    ("bulk_without_barrier", "race on shared memory: write of byte .*, which thread 3 read at"),
+    ("wrong_phase", "uninitialised shared memory: read"),
+    ("gate_never_opens", "deadlock: 4 resident blocks wait for each other"),
+    ("odd_bulk", "misaligned access: a bulk copy of 100 bytes"),
+    ("store_without_wait", "nobody has waited for a copy that was asked for at {place}"),
+    ("store_without_fence", r"store_bulk of what thread \d+ wrote at .*, no fence_bulk"),
+    ("cluster_out_of_step", r"shared memory: read of .*"),
+    ("cluster_that_left", "read of the shared memory of a block that has ended"),
 ]
-ELSEWHERE = {"race_with_an_atomic"}
-"""Two lines are to blame; which one is named depends on who comes first."""
+ELSEWHERE = {
+    "race_with_an_atomic": r"tests/cuda_on_host/planted\.cu:\d+",
+    "store_without_wait": "no line of a kernel",
+}
+"""Two lines are to blame and who comes first decides; or it is the end of the kernel."""
 
 
 @cache
@@ -60,10 +78,10 @@ def test_a_planted_fault_is_caught_and_told(kernel: str, words: str) -> None:
     schedule = (DESCENDING, 1) if kernel == "look_back" else (ASCENDING, 0)
     done = program("planted", kernel, *map(str, schedule), checked=True)
     assert done.returncode == cuda_on_host.FAULT, done.stdout + done.stderr
-    assert re.search(words, done.stderr), done.stderr
-    line = r"\d+" if kernel in ELSEWHERE else LINES[kernel]
-    place = rf"kernel host::{kernel}, block \d+, thread \d+, tests/cuda_on_host/planted\.cu:{line}$"
-    assert re.search(place, done.stderr, re.MULTILINE), done.stderr
+    place = ELSEWHERE.get(kernel, PLACES[kernel])
+    assert re.search(words.format(place=PLACES[kernel]), done.stderr), done.stderr
+    where = rf"kernel tried::{kernel}, block \d+, thread \d+, {place}$"
+    assert re.search(where, done.stderr, re.MULTILINE), done.stderr
 
 
 def test_every_planted_fault_is_tried() -> None:
@@ -79,6 +97,22 @@ def test_a_look_back_that_needs_an_order_passes_where_it_gets_it() -> None:
 def test_kernels_without_fault_compute_right_in_every_schedule() -> None:
     done = program("sound", checked=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("source", ["sound.cu", "sound_copies.cu"])
+def test_the_same_kernels_compile_for_gpus(source: str, tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    root = HERE.parents[1]
+    command = [
+        *(nvcc, "-std=c++20", f"-I{root / 'csrc'}", f"-I{root / 'tests'}"),
+        *("-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90a,code=sm_90a"),
+        *("-c", str(HERE / source), "-o", str(tmp_path / "object.o")),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
 
 
 @pytest.mark.usefixtures("native")

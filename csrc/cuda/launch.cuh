@@ -19,6 +19,19 @@
 //                 for what nobody writes while the kernel runs. Plain pointers for the rest.
 //   atomics       atomic_add, _min, _max, _or, _exchange, _compare_exchange on 32 and 64 bits,
 //                 relaxed; load_acquire, store_release, load_relaxed, store_relaxed; fence().
+//   copies        copy_async<16>(shared, global) of one thread, commit_copies(),
+//   wait_copies<left>();
+//                 then sync() for the others. copy_bulk(shared, global, bytes, gate) of a whole
+//                 warp, multiples of 16 bytes, is one arrival at a Gate: init_gate(gate, arrivals)
+//                 by one thread, sync(); arrive(gate) by one thread; wait_gate(gate, phase), the
+//                 phases being 0, 1, 0, … store_bulk(global, shared, bytes) of a whole warp:
+//                 fence_bulk() by all that wrote, sync(), store_bulk, commit_stores(),
+//                 wait_stores<left>() before the shared bytes change or the block ends.
+//   clusters      Launch.cluster blocks side by side: cluster_rank(), cluster_blocks(),
+//                 sync_cluster(), shared_of(pointer, rank); none ends while another reads it.
+//   products      load_matrices<count, transposed>(registers, row) of shared memory,
+//                 multiply_add<T>(sum, a, b): 16×8 += 16×16 · 16×8 of BFloat16 or Half, 16×8 · 8×8
+//                 of float rounded by to_tf32; registers as PTX lays out m16n8k16 and m16n8k8.
 //   order         ticket(counter, slot) numbers the blocks as they start; wait_until(condition) is
 //                 the only spin, and only on blocks with a lower ticket. block() says nothing about
 //                 who starts first.
@@ -42,6 +55,7 @@ struct Launch {
   int64_t shared = 0;
   void* stream = nullptr;
   int64_t blocks_y = 1, blocks_z = 1;  // at most 65535
+  int cluster = 1;                     // blocks of a cluster, which divides `blocks`: at most 8
 };
 
 // N values that move as one: 1, 2, 4, 8 or 16 bytes.
@@ -60,12 +74,23 @@ enum Hint {
   kReadOnly     // loads only: nobody writes it while the kernel runs
 };
 
+// Where threads and bulk copies meet, in shared memory: opens when all that it waits for has come,
+// then waits for as many again.
+struct Gate {
+  uint64_t state;
+};
+
 }  // namespace tk::cuda
 
 #ifdef TK_CUDA_ON_HOST
+#include "cuda_on_host/launch_copies.h"
 #include "cuda_on_host/launch_host.h"
+#include "cuda_on_host/launch_mma.h"
 #else
+#include "cuda/launch_copies.cuh"
 #include "cuda/launch_gpu.cuh"
+#include "cuda/launch_memory.cuh"
+#include "cuda/launch_mma.cuh"
 #endif
 
 namespace tk::cuda {

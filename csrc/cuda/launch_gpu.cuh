@@ -39,6 +39,12 @@ const char* launch(const Launch& how, Args&&... args) {
     config.blockDim = dim3(static_cast<unsigned>(how.threads));
     config.dynamicSmemBytes = static_cast<size_t>(how.shared);
     config.stream = static_cast<cudaStream_t>(how.stream);
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(how.cluster);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = how.cluster > 1 ? 1 : 0;
     error = cudaLaunchKernelEx(&config, kernel, static_cast<Args&&>(args)...);
   }
   if (error != cudaSuccess) cudaGetLastError();  // reported here: the next call is not to blame
@@ -195,5 +201,3 @@ __device__ inline Half narrow<Half>(float value) {
 }
 
 }  // namespace tk::cuda
-
-#include "cuda/launch_memory.cuh"

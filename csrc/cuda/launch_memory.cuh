@@ -1,7 +1,7 @@
 // What launch.cuh means on a GPU, second part: vector loads and stores, atomics, waiting.
 #pragma once
 
-#include "tokenkernels.h"
+#include "cuda/launch_gpu.cuh"
 
 namespace tk::cuda {
 namespace detail {

@@ -23,6 +23,7 @@ unsigned launches;
 
 void start() {
   now.grid.body(now.grid.context);
+  check_copies_done();
   now.fiber->state = State::kDone;
   ++now.block->done;
   void* never;
@@ -63,6 +64,9 @@ void explain_warp(Block& block, int thread) {
 
 // Threads wait and nothing will wake them: a warp that is not complete, or a barrier.
 void explain(Block& block) {
+  for (const Fiber& fiber : block.fibers) {
+    if (fiber.state == State::kCluster) return;  // it is for other blocks to move
+  }
   for (int t = 0; t < block.threads; ++t) {
     if (block.fibers[static_cast<size_t>(t)].state == State::kWarp) explain_warp(block, t);
   }
@@ -102,19 +106,21 @@ class Run {
  public:
   explicit Run(std::mt19937& random) : random_(random) {
     const Grid& grid = now.grid;
-    total_ = grid.blocks[0] * grid.blocks[1] * grid.blocks[2];
+    total_ = grid.blocks[0] * grid.blocks[1] * grid.blocks[2] / grid.cluster;
     order_.resize(static_cast<size_t>(total_));
     for (int64_t i = 0; i < total_; ++i) order_[static_cast<size_t>(i)] = i;
     if (now.schedule.order == Order::kDescending) std::reverse(order_.begin(), order_.end());
     if (now.schedule.order == Order::kShuffled) std::shuffle(order_.begin(), order_.end(), random_);
-    window_ = std::min<int64_t>({now.schedule.window > 0 ? now.schedule.window : total_, kBlocks,
-                                 kFibers / grid.threads, total_});
+    const int64_t wanted = now.schedule.window > 0 ? now.schedule.window : kBlocks;
+    window_ = std::max<int64_t>(grid.cluster,
+                                std::min<int64_t>({wanted, kBlocks, kFibers / grid.threads}));
   }
 
   void whole() {
     while (admitted_ < total_ || !resident_.empty()) {
       bool moved = false;
-      while (admitted_ < total_ && static_cast<int64_t>(resident_.size()) < window_) {
+      while (admitted_ < total_ &&
+             static_cast<int64_t>(resident_.size()) + now.grid.cluster <= window_) {
         admit();
         moved = true;
       }
@@ -134,29 +140,42 @@ class Run {
   }
 
  private:
+  // The blocks of one cluster.
   void admit() {
-    static std::vector<std::unique_ptr<Block>> pool;
-    if (free_.empty() && slots_ == pool.size()) pool.push_back(std::make_unique<Block>());
-    Block* block = free_.empty() ? pool[slots_].get() : free_.back();
-    if (free_.empty()) {
-      block->slot = static_cast<int>(slots_++);
-    } else {
-      free_.pop_back();
+    const auto cluster = std::make_shared<Cluster>();
+    const int64_t first = order_[static_cast<size_t>(admitted_++)] * now.grid.cluster;
+    for (int rank = 0; rank < now.grid.cluster; ++rank) {
+      Block* block = find_room();
+      const int64_t place = first + rank;
+      block->index[0] = place % now.grid.blocks[0];
+      block->index[1] = place / now.grid.blocks[0] % now.grid.blocks[1];
+      block->index[2] = place / now.grid.blocks[0] / now.grid.blocks[1];
+      block->rank = rank;
+      block->cluster = cluster;
+      cluster->blocks.push_back(block);
+      reset(*block);
+      resident_.push_back(block);
     }
-    const int64_t place = order_[static_cast<size_t>(admitted_)];
-    block->number = admitted_++;
-    block->index[0] = place % now.grid.blocks[0];
-    block->index[1] = place / now.grid.blocks[0] % now.grid.blocks[1];
-    block->index[2] = place / now.grid.blocks[0] / now.grid.blocks[1];
-    reset(*block);
-    resident_.push_back(block);
+  }
+
+  Block* find_room() {
+    static std::vector<std::unique_ptr<Block>> pool;
+    if (!free_.empty()) {
+      Block* block = free_.back();
+      free_.pop_back();
+      return block;
+    }
+    if (slots_ == pool.size()) pool.push_back(std::make_unique<Block>());
+    pool[slots_]->slot = static_cast<int>(slots_);
+    return pool[slots_++].get();
   }
 
   void reset(Block& block) {
     const int threads = now.grid.threads;
     block.threads = threads;
     block.done = block.arrived = block.votes = block.verdict = 0;
-    block.epoch = 0;
+    block.epoch = block.era = 0;
+    block.gates.clear();
     block.waiting.clear();
     block.ready.resize(static_cast<size_t>(threads));
     block.fibers.resize(static_cast<size_t>(threads));
@@ -166,39 +185,48 @@ class Run {
       fiber.stack_pointer = prepare(fiber.stack, &start);
       fiber.state = State::kReady;
       fiber.exchange.what = nullptr;
+      fiber.copy_groups = fiber.store_groups = 0;
+      fiber.fenced = 0;
       block.ready[static_cast<size_t>(t)] = static_cast<uint16_t>(t);
     }
     if (now.schedule.order == Order::kDescending)
       std::reverse(block.ready.begin(), block.ready.end());
     if (now.schedule.order == Order::kShuffled)
       std::shuffle(block.ready.begin(), block.ready.end(), random_);
+    block.width = 32;
     block.clocks.assign(static_cast<size_t>(threads) * 32, 0);
-    for (int t = 0; t < threads; ++t) block.clocks[static_cast<size_t>(t * 32 + t % 32)] = 1;
+    for (int t = 0; t < threads; ++t) block.clock(t, t) = 1;
     open_arena(block, now.grid.shared);
+  }
+
+  // The first thread that has not ended: what its block waits for.
+  static int waiting_thread(const Block& block) {
+    const auto found = std::find_if(block.fibers.begin(), block.fibers.end(),
+                                    [](const Fiber& f) { return f.state != State::kDone; });
+    return static_cast<int>(found - block.fibers.begin());
   }
 
   [[noreturn]] void deadlock() {
     std::string more;
     for (const Block* block : resident_) {
-      for (const uint16_t t : block->waiting) {
-        more += "  " + name_of(*block) + ", thread " + std::to_string(t) + " waits at " +
-                place_of_thread(*block, t) + "\n";
-        break;
-      }
+      const int t = waiting_thread(*block);
+      more += "  " + name_of(*block) + ", thread " + std::to_string(t) + " waits at " +
+              place_of_thread(*block, t) + "\n";
     }
+    const int64_t outside = (total_ - admitted_) * now.grid.cluster;
     now.block = resident_.front();
-    now.fiber = &now.block->fibers[now.block->waiting.front()];
+    now.fiber = &now.block->fibers[static_cast<size_t>(waiting_thread(*now.block))];
     fault("deadlock: " + std::to_string(resident_.size()) + " resident blocks wait for each other" +
-              (admitted_ < total_ ? " or for one of the " + std::to_string(total_ - admitted_) +
-                                        " that find no room"
-                                  : ""),
+              (outside > 0 ? " or for one of the " + std::to_string(outside) + " that find no room"
+                           : ""),
           more);
   }
 
   std::mt19937& random_;
   std::vector<int64_t> order_;
   std::vector<Block*> resident_, free_;
-  int64_t total_ = 0, admitted_ = 0, window_ = 0;
+  int64_t total_ = 0, admitted_ = 0;  // clusters
+  int64_t window_ = 0;                // blocks
   size_t slots_ = 0;
 };
 
@@ -244,6 +272,25 @@ int barrier(bool condition, Site site) {
     if (t != current_thread()) wake(block, t);
   }
   return block.verdict;
+}
+
+void cluster_barrier(Site site) {
+  Cluster& cluster = *now.block->cluster;
+  if (cluster.arrived == 0) {
+    cluster.barrier = site;
+  } else if (!(site == cluster.barrier)) {
+    fault("barrier divergence: others wait at another barrier of the cluster, " +
+          place_of(cluster.barrier));
+  }
+  if (++cluster.arrived < now.grid.cluster * now.grid.threads) return park(State::kCluster, site);
+  cluster.arrived = 0;
+  for (Block* block : cluster.blocks) {
+    ++block->epoch;
+    ++block->era;
+    for (int t = 0; t < block->threads; ++t) {
+      if (block->fibers[static_cast<size_t>(t)].state == State::kCluster) wake(*block, t);
+    }
+  }
 }
 
 void set_schedule(int order, int window) {

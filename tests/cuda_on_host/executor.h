@@ -3,7 +3,8 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
+#include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -20,7 +21,7 @@ struct Site {
 
 #define TK_SITE ::tk::cuda::host::Site site = {__builtin_FILE(), __builtin_LINE()}
 
-enum class State : uint8_t { kReady, kBarrier, kWarp, kWaiting, kDone };
+enum class State : uint8_t { kReady, kBarrier, kCluster, kWarp, kWaiting, kDone };
 
 // What the lanes of a warp do together; the lane that comes last does it for all.
 struct Exchange;
@@ -37,31 +38,66 @@ struct Exchange {
   const void* operands[4];  // more than fits: places on the stacks of the lanes
 };
 
+// One byte of shared memory: who wrote it, who read it since.
+struct Cell {
+  // In `write`: outside every array, never written, being copied; written by a thread, a bulk copy,
+  // an atomic. In `read`, kGap: by nobody.
+  enum Kind : uint32_t { kGap, kEmpty, kComing, kPlain, kCopied, kAtomic };
+  struct Access {
+    uint32_t epoch : 29, kind : 3;  // barriers of the block that were before
+    uint32_t stamp;                 // of the thread's own clock
+    uint32_t code;                  // the address of the instruction, from the start of the object
+    uint16_t thread;                // and the rank of its block in the cluster, from bit 10 on
+    uint16_t era;                   // barriers of the cluster that were before
+  };
+  Access write, read[2];
+};
+
+// Bytes on their way between shared and global memory. They move as late as they may.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  bool take;  // else zeros
+  bool committed;
+  int group;
+  Cell::Access access;  // of whoever asked
+};
+
 struct Fiber {
   void* stack_pointer;
   char* stack;
   State state;
   Site site;  // where it waits
   Exchange exchange;
+  std::vector<Copy> copies, stores;  // of its own that it has not waited for
+  int copy_groups, store_groups;     // committed so far
+  uint32_t fenced;                   // its own clock at the last fence_bulk
 };
 
-// One byte of shared memory: who wrote it, who read it since.
-struct Cell {
-  enum Kind : uint8_t { kGap, kEmpty, kPlain, kAtomic };
-  struct Access {
-    uint32_t epoch, stamp,
-        code;  // code: the address of the instruction, from the start of the object
-    uint16_t thread;
-    Kind kind;
-  };
-  Access write, read[2];  // kind kGap in `read`: nobody; in `write`: outside every array
+// What a Gate waits for, and what those who came knew.
+struct GateState {
+  int arrivals, missing;
+  uint32_t phase;
+  std::vector<Copy> copies;
+  std::vector<uint32_t> clock;
 };
 
 constexpr int64_t kArena = 256 * 1024, kMargin = 128 * 1024, kSlot = kArena + 2 * kMargin;
 constexpr int kBlocks = 64;  // resident at once, at most
 
+struct Block;
+
+struct Cluster {
+  std::vector<Block*> blocks;
+  int arrived;
+  Site barrier;
+};
+
 struct Block {
-  int64_t number, index[3];  // number: its place in the order of admission
+  int64_t index[3];
+  std::shared_ptr<Cluster> cluster;
+  int rank;
   int threads, slot;
   char* arena;
   std::vector<Fiber> fibers;
@@ -70,10 +106,14 @@ struct Block {
   Site barrier;
   uint16_t first_at_barrier;
   bool moved;
-  uint32_t epoch;                // barriers so far
-  std::vector<uint32_t> clocks;  // threads × 32: what a thread knows of the lanes of its warp
+  uint32_t epoch, era;           // barriers so far, of the block and the cluster
+  int width;                     // 32, or all threads once there is a gate
+  std::vector<uint32_t> clocks;  // threads × width: what a thread knows of its warp, or of all
   std::vector<Cell> cells;       // one per byte of the arena
-  uint32_t clock(int thread, int other) const { return clocks[thread * 32 + (other & 31)]; }
+  std::map<int64_t, GateState> gates;  // by their place in the arena
+
+  uint32_t* knows(int thread) { return clocks.data() + static_cast<ptrdiff_t>(thread) * width; }
+  uint32_t& clock(int thread, int other) { return knows(thread)[other % width]; }
 };
 
 // The order in which blocks start, and how many are resident at once (0: all that fit).
@@ -86,7 +126,7 @@ struct Schedule {
 struct Grid {
   const char* kernel;
   int64_t blocks[3];
-  int threads;
+  int threads, cluster;
   int64_t shared;
   void (*body)(void* context);
   void* context;
@@ -110,7 +150,8 @@ void run(const Grid& grid);
 void set_schedule(int order, int window);  // order −1: in turn
 
 int barrier(bool condition, Site site);  // how many threads of the block said yes
-void yield(bool first, Site site);       // of wait_until; `first`: its condition is new
+void cluster_barrier(Site site);
+void yield(bool first, Site site);  // of wait_until; `first`: its condition is new
 void park(State state, Site site);
 void wake(Block& block, int thread);
 
@@ -119,10 +160,17 @@ Exchange& exchange(const char* what, Settle settle, uint32_t mask, Site site, co
 
 // Memory.
 enum class Use : uint8_t { kRead, kWrite, kAtomic };
-void touch(const volatile void* address, size_t bytes, Use use, bool aligned);
+// `code`: where the kernel does it.
+void touch(const volatile void* address, size_t bytes, Use use, bool aligned, const void* code);
 void* take_shared(int64_t at, int64_t bytes);
 void open_arena(Block& block, int64_t bytes);
 void know_each_other(Block& block, int warp, uint32_t mask);
+Cell::Access access_now(const void* code);
+void mark_shared(void* address, size_t bytes, Cell::Kind kind, const Cell::Access& access);
+void check_copies_done();
+
+// In what a kernel calls: the instruction of the kernel.
+#define TK_CALLER __builtin_extract_return_addr(__builtin_return_address(0))
 
 // Says what is wrong, where, and leaves the process.
 [[noreturn]] void fault(const std::string& what, const std::string& more = "");

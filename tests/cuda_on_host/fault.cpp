@@ -43,7 +43,7 @@ std::string ask(const std::vector<uint32_t>& codes) {
     std::snprintf(text, sizeof text, " 0x%x", code);
     command += text;
   }
-  std::string found = "an unknown line";
+  std::string found = "no line of a kernel";
   FILE* answer = popen(command.c_str(), "r");
   if (answer == nullptr) return found;
   char line[1024];

@@ -61,6 +61,7 @@ void settle_shuffle(Exchange* lanes, uint32_t mask);
 void settle_ballot(Exchange* lanes, uint32_t mask);
 void settle_match(Exchange* lanes, uint32_t mask);
 void settle_sync(Exchange* lanes, uint32_t mask);
+void settle_nothing(Exchange* lanes, uint32_t mask);
 
 template <class T>
 T given(const Exchange& lane) {
@@ -89,6 +90,7 @@ const char* launch_as(void (*)(Params...), const char* name, const Launch& how,
   host::run({name,
              {how.blocks, how.blocks_y, how.blocks_z},
              how.threads,
+             how.cluster,
              how.shared,
              [](void* context) { (*static_cast<decltype(body)*>(context))(); },
              &body});
@@ -101,7 +103,8 @@ const char* launch(const Launch& how, Args&&... args) {
   std::string name;
   if (how.blocks < 0 || how.blocks_y < 0 || how.blocks_z < 0 || how.blocks > 0x7fffffff ||
       how.blocks_y > 65535 || how.blocks_z > 65535 || how.threads < 1 || how.threads > 1024 ||
-      how.threads % kWarp != 0 || how.shared < 0 || how.shared > 227 * 1024)
+      how.threads % kWarp != 0 || how.cluster < 1 || how.cluster > 8 ||
+      how.blocks % how.cluster != 0 || how.shared < 0 || how.shared > 227 * 1024)
     return "cuda_on_host: a launch that no GPU takes";
   return launch_as<kernel>(kernel, host::name_in(__PRETTY_FUNCTION__, name), how,
                            std::forward<Args>(args)...);

@@ -10,14 +10,26 @@
 
 namespace {
 
-using namespace tk::cuda::host;
+using namespace tk::cuda::tried;
+
+std::vector<Planted> all_planted() {
+  std::vector<Planted> all(kPlanted, kPlanted + kPlantedCount);
+  all.insert(all.end(), kPlantedCopies, kPlantedCopies + kPlantedCopiesCount);
+  return all;
+}
+
+std::vector<Sound> all_sound() {
+  std::vector<Sound> all(kSound, kSound + kSoundCount);
+  all.insert(all.end(), kSoundCopies, kSoundCopies + kSoundCopiesCount);
+  return all;
+}
 
 int planted(const char* name, int order, int window) {
-  set_schedule(order, window);
+  tk::cuda::host::set_schedule(order, window);
   std::vector<uint32_t> memory(kCount);
-  for (int i = 0; i < kPlantedCount; ++i) {
-    if (std::strcmp(kPlanted[i].name, name) != 0) continue;
-    const char* error = kPlanted[i].launch(memory.data());
+  for (const Planted& one : all_planted()) {
+    if (std::strcmp(one.name, name) != 0) continue;
+    const char* error = one.launch(memory.data());
     std::puts(error != nullptr ? error : "not caught");
     return 0;
   }
@@ -26,15 +38,14 @@ int planted(const char* name, int order, int window) {
 
 int sound() {
   int bad = 0;
-  for (int i = 0; i < kSoundCount; ++i) {
-    for (int order = 0; order < 3; ++order) {
-      for (int window = 0; window < 3; ++window) {
-        set_schedule(order, window);
-        const char* difference = kSound[i].run();
-        if (difference == nullptr) continue;
-        std::printf("%s, order %d, window %d: %s\n", kSound[i].name, order, window, difference);
-        bad = 1;
-      }
+  for (const Sound& one : all_sound()) {
+    for (int schedule = 0; schedule < 9; ++schedule) {
+      tk::cuda::host::set_schedule(schedule % 3, schedule / 3);
+      const char* difference = one.run();
+      if (difference == nullptr) continue;
+      std::printf("%s, order %d, window %d: %s\n", one.name, schedule % 3, schedule / 3,
+                  difference);
+      bad = 1;
     }
   }
   return bad;
@@ -47,7 +58,7 @@ int main(int count, char** words) {
     return planted(words[2], std::atoi(words[3]), std::atoi(words[4]));
   if (count == 2 && std::strcmp(words[1], "sound") == 0) return sound();
   if (count == 2 && std::strcmp(words[1], "list") == 0) {
-    for (int i = 0; i < kPlantedCount; ++i) std::puts(kPlanted[i].name);
+    for (const Planted& one : all_planted()) std::puts(one.name);
     return 0;
   }
   return 1;

@@ -3,6 +3,8 @@
 // there.
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <bit>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -31,59 +33,83 @@ std::string bytes_at(int64_t at, size_t bytes) {
   return std::to_string(bytes) + " bytes at byte " + std::to_string(at) + " of the arena";
 }
 
-// Whether everyone knows that `access` is over before the current thread goes on.
-bool over(const Block& block, const Cell::Access& access, int thread) {
-  return access.thread == thread || access.epoch < block.epoch ||
-         (access.thread / 32 == thread / 32 && block.clock(thread, access.thread) >= access.stamp);
+// Whether `access` is known to be over by the current thread: it is its own, a barrier was in
+// between, or somebody told it.
+bool over(const Cell::Access& access) {
+  Block& block = *now.block;
+  const int me = current_thread(), thread = access.thread & 1023;
+  if (access.thread >> 10 != block.rank) return access.era != block.era;
+  if (thread == me || access.epoch < block.epoch) return true;
+  const bool may_know = block.width > 32 || thread / 32 == me / 32;
+  return may_know && block.clock(me, thread) >= access.stamp;
+}
+
+std::string thread_of(const Cell::Access& access) {
+  const int rank = access.thread >> 10;
+  return "thread " + std::to_string(access.thread & 1023) +
+         (rank != now.block->rank ? " of block " + std::to_string(rank) + " of the cluster" : "");
 }
 
 [[noreturn]] void race(int64_t at, Use use, const Cell::Access& other, const char* did) {
   fault("race on shared memory: " + std::string(verb(use)) + " of byte " + std::to_string(at) +
-        " of the arena, which thread " + std::to_string(other.thread) + " " + did + " at " +
-        place_of(other.code) + ", no barrier in between");
+        " of the arena, which " + thread_of(other) + " " + did + " at " + place_of(other.code) +
+        ", no barrier in between");
 }
 
-void touch_byte(Block& block, int64_t at, size_t bytes, Use use, const Cell::Access& mine) {
-  Cell& cell = block.cells[static_cast<size_t>(at)];
-  if (cell.write.kind == Cell::kGap)
+void touch_byte(Cell& cell, int64_t at, size_t bytes, Use use, const Cell::Access& mine) {
+  const Cell::Access& write = cell.write;
+  if (write.kind == Cell::kGap)
     fault("out of bounds of shared memory: " + std::string(verb(use)) + " of " +
           bytes_at(at, bytes) + ", outside its arrays");
-  if (cell.write.kind == Cell::kEmpty && use != Use::kWrite)
+  if (write.kind == Cell::kEmpty && use != Use::kWrite)
     fault("uninitialised shared memory: " + std::string(verb(use)) + " of " + bytes_at(at, bytes));
-  if (cell.write.kind >= Cell::kPlain && !over(block, cell.write, mine.thread) &&
-      !(use == Use::kAtomic && cell.write.kind == Cell::kAtomic))
-    race(at, use, cell.write, "wrote");
+  if (write.kind == Cell::kComing)
+    fault("race on shared memory: " + std::string(verb(use)) + " of " + bytes_at(at, bytes) +
+          ", where a copy is under way that nobody has waited for, asked for at " +
+          place_of(write.code));
+  if (write.kind >= Cell::kPlain && !over(write) &&
+      !(use == Use::kAtomic && write.kind == Cell::kAtomic))
+    race(at, use, write, "wrote");
   if (use == Use::kRead) {
-    Cell::Access& first = cell.read[0];
-    const bool gone = first.kind == Cell::kGap || over(block, first, mine.thread);
+    const bool gone = cell.read[0].kind == Cell::kGap || over(cell.read[0]);
     cell.read[gone ? 0 : 1] = mine;
     return;
   }
   for (Cell::Access& read : cell.read) {
-    if (read.kind != Cell::kGap && !over(block, read, mine.thread)) race(at, use, read, "read");
+    if (read.kind != Cell::kGap && !over(read)) race(at, use, read, "read");
     read.kind = Cell::kGap;
   }
   cell.write = mine;
   cell.write.kind = use == Use::kAtomic ? Cell::kAtomic : Cell::kPlain;
 }
 
-void touch_shared(int64_t at, size_t bytes, Use use, const void* code) {
-  Block& block = *now.block;
+void touch_shared(Block& block, uintptr_t address, size_t bytes, Use use, const void* code) {
+  const int64_t at = reinterpret_cast<const char*>(address) - block.arena;
   if (at < 0 || at + static_cast<int64_t>(bytes) > static_cast<int64_t>(block.cells.size()))
     fault("out of bounds of shared memory: " + std::string(verb(use)) + " of " +
           bytes_at(at, bytes) + ", which has " + std::to_string(block.cells.size()));
-  const int thread = current_thread();
-  const Cell::Access mine{block.epoch, block.clock(thread, thread), code_of(code),
-                          static_cast<uint16_t>(thread), Cell::kPlain};
+  const Cell::Access mine = access_now(code);
   for (size_t i = 0; i < bytes; ++i)
-    touch_byte(block, at + static_cast<int64_t>(i), bytes, use, mine);
+    touch_byte(block.cells[static_cast<size_t>(at) + i], at + static_cast<int64_t>(i), bytes, use,
+               mine);
 }
 
-void touch_other(uintptr_t address, size_t bytes, Use use) {
-  const uintptr_t arenas = reinterpret_cast<uintptr_t>(slots());
-  if (address - arenas < static_cast<uintptr_t>(kBlocks * kSlot))
-    fault("out of bounds of shared memory: " + std::string(verb(use)) +
-          " in the arena of another block");
+// The arena of another block: allowed within a cluster, while that block is there.
+void touch_other_arena(uintptr_t address, size_t bytes, Use use, const void* code) {
+  for (Block* block : now.block->cluster->blocks) {
+    const uintptr_t slot = reinterpret_cast<uintptr_t>(block->arena) - kMargin;
+    if (address - slot >= static_cast<uintptr_t>(kSlot)) continue;
+    if (block->cluster != now.block->cluster || block->done == block->threads)
+      fault(std::string(verb(use)) + " of the shared memory of a block that has ended");
+    return touch_shared(*block, address, bytes, use, code);
+  }
+  fault("out of bounds of shared memory: " + std::string(verb(use)) +
+        " in the arena of another block");
+}
+
+void touch_other(uintptr_t address, size_t bytes, Use use, const void* code) {
+  if (address - reinterpret_cast<uintptr_t>(slots()) < static_cast<uintptr_t>(kBlocks * kSlot))
+    return touch_other_arena(address, bytes, use, code);
   if (address - reinterpret_cast<uintptr_t>(stacks()) < kFibers * kStack)
     fault(std::string(verb(use)) + " of a local variable of another thread");
   const bool bad =
@@ -102,9 +128,9 @@ void touch_at(uintptr_t address, size_t bytes, Use use, bool aligned, const void
           " bytes at an address that is " + std::to_string(address % bytes) +
           " more than a multiple");
   if (address - now.arena_slot < static_cast<uintptr_t>(kSlot))
-    touch_shared(static_cast<int64_t>(address - now.arena_slot) - kMargin, bytes, use, code);
+    touch_shared(*now.block, address, bytes, use, code);
   else
-    touch_other(address, bytes, use);
+    touch_other(address, bytes, use, code);
 }
 
 template <class T>
@@ -140,10 +166,29 @@ uint64_t change_as(void* place, Change change, uint64_t value, uint64_t expected
 
 }  // namespace
 
-#define TK_CALLER __builtin_extract_return_addr(__builtin_return_address(0))
+Cell::Access access_now(const void* code) {
+  Block& block = *now.block;
+  const int thread = current_thread();
+  return {block.epoch & 0x1fffffff,
+          Cell::kPlain,
+          block.clock(thread, thread),
+          code_of(code),
+          static_cast<uint16_t>(thread | block.rank << 10),
+          static_cast<uint16_t>(block.era)};
+}
 
-void touch(const volatile void* address, size_t bytes, Use use, bool aligned) {
-  touch_at(reinterpret_cast<uintptr_t>(address), bytes, use, aligned, TK_CALLER);
+void mark_shared(void* address, size_t bytes, Cell::Kind kind, const Cell::Access& access) {
+  Block& block = *now.block;
+  const int64_t at = static_cast<const char*>(address) - block.arena;
+  for (size_t i = 0; i < bytes; ++i) {
+    Cell::Access& write = block.cells[static_cast<size_t>(at) + i].write;
+    write = access;
+    write.kind = kind;
+  }
+}
+
+void touch(const volatile void* address, size_t bytes, Use use, bool aligned, const void* code) {
+  touch_at(reinterpret_cast<uintptr_t>(address), bytes, use, aligned, code);
 }
 
 void read(void* to, const void* from, size_t bytes) {
@@ -185,21 +230,19 @@ void* take_shared(int64_t at, int64_t bytes) {
   return block.arena + at;
 }
 
-// After warp_sync every lane of the mask has seen what the others did before.
+// After warp_sync every lane of the mask knows what the others knew.
 void know_each_other(Block& block, int warp, uint32_t mask) {
-  uint32_t* clocks = block.clocks.data() + static_cast<ptrdiff_t>(warp) * 32 * 32;
-  uint32_t joined[32] = {};
-  for (int lane = 0; lane < 32; ++lane) {
-    if (!(mask >> lane & 1)) continue;
-    for (int i = 0; i < 32; ++i) {
-      const uint32_t known = clocks[lane * 32 + i];
-      joined[i] = known > joined[i] ? known : joined[i];
-    }
+  static std::vector<uint32_t> joined;
+  const auto width = static_cast<size_t>(block.width);
+  joined.assign(width, 0);
+  for (uint32_t left = mask; left != 0; left &= left - 1) {
+    const uint32_t* known = block.knows(warp * 32 + std::countr_zero(left));
+    for (size_t i = 0; i < width; ++i) joined[i] = std::max(joined[i], known[i]);
   }
-  for (int lane = 0; lane < 32; ++lane) {
-    if (!(mask >> lane & 1)) continue;
-    std::memcpy(clocks + lane * 32, joined, sizeof joined);
-    ++clocks[lane * 32 + lane];
+  for (uint32_t left = mask; left != 0; left &= left - 1) {
+    const int thread = warp * 32 + std::countr_zero(left);
+    std::copy(joined.begin(), joined.end(), block.knows(thread));
+    ++block.clock(thread, thread);
   }
 }
 

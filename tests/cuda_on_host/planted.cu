@@ -3,7 +3,7 @@
 #include "cuda/launch.cuh"
 #include "cuda_on_host/planted.h"
 
-namespace tk::cuda::host {
+namespace tk::cuda::tried {
 namespace {
 
 __global__ void barrier_divergence(uint32_t*) {
@@ -178,4 +178,4 @@ const Planted kPlanted[] = {
 };
 const int kPlantedCount = sizeof kPlanted / sizeof *kPlanted;
 
-}  // namespace tk::cuda::host
+}  // namespace tk::cuda::tried

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace tk::cuda::host {
+namespace tk::cuda::tried {
 
 constexpr int kCount = 512;  // words of the memory that a planted kernel gets
 
@@ -11,15 +11,15 @@ struct Planted {
   const char* name;
   const char* (*launch)(uint32_t* memory);
 };
-extern const Planted kPlanted[];
-extern const int kPlantedCount;
+extern const Planted kPlanted[], kPlantedCopies[];
+extern const int kPlantedCount, kPlantedCopiesCount;
 
 // A kernel without fault, launched and compared with what it must give: null, or what differs.
 struct Sound {
   const char* name;
   const char* (*run)();
 };
-extern const Sound kSound[];
-extern const int kSoundCount;
+extern const Sound kSound[], kSoundCopies[];
+extern const int kSoundCount, kSoundCopiesCount;
 
-}  // namespace tk::cuda::host
+}  // namespace tk::cuda::tried

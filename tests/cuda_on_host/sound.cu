@@ -6,7 +6,7 @@
 #include "cuda/launch.cuh"
 #include "cuda_on_host/planted.h"
 
-namespace tk::cuda::host {
+namespace tk::cuda::tried {
 namespace {
 
 constexpr int kBlockSize = 128;
@@ -153,4 +153,4 @@ const Sound kSound[] = {
 };
 const int kSoundCount = sizeof kSound / sizeof *kSound;
 
-}  // namespace tk::cuda::host
+}  // namespace tk::cuda::tried

@@ -88,6 +88,8 @@ void settle_match(Exchange* lanes, uint32_t mask) {
   }
 }
 
+void settle_nothing(Exchange*, uint32_t) {}
+
 void settle_sync(Exchange*, uint32_t mask) {
   know_each_other(*now.block, current_thread() / 32, mask);
 }
