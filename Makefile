@@ -17,7 +17,7 @@ VARIANT := $(if $(call ENABLED,$(SANITIZE)),sanitize,release)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 BUILD_OPTIONS := $(if $(filter sanitize,$(VARIANT)),\
 	TOKENKERNELS_BUILD=build/sanitize CMAKE_ARGS="-DTOKENKERNELS_SANITIZE=ON")
-CXX_FILES = $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+CXX_FILES = $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 SANITIZED := tests/test_ops.py tests/test_junk.py tests/test_numpy.py $(wildcard tests/ops)
 # The checked object is loaded by a Python that is not: the run-time libraries have to be there first.
 PRELOAD = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \

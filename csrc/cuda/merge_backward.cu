@@ -5,7 +5,7 @@
 namespace tk {
 namespace {
 
-constexpr int kInFlight = 4;  // vectors that a lane has asked for before it uses the first
+constexpr int kInFlight = 2;  // vectors that a lane has asked for before it uses the first
 
 template <class V>
 __device__ V scaled(V vector, float factor) {

@@ -75,6 +75,14 @@ class Place {
     return memory;
   }
 
+  // The values of a small tensor where they can be read: what makes a call wait for the GPU.
+  Tensor on_cpu(const Tensor& tensor) const {
+    if (type_ == aoti_torch_device_type_cpu()) return tensor;
+    Tensor copy = torch::stable::new_empty(tensor, tensor.sizes(), std::nullopt, std::nullopt,
+                                           torch::stable::Device(torch::stable::DeviceType::CPU));
+    return torch::stable::copy_(copy, tensor);
+  }
+
   // `bad_value` are the words for Status::kBadValue.
   template <class Cpu, class Cuda>
   void run(const char* op, const char* bad_value, const Cpu& cpu, const Cuda& cuda) const {
