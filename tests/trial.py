@@ -27,11 +27,13 @@ if INSTRUCTION_SETS:
 BEST = INSTRUCTION_SETS[:1]
 HERE = ["native"] * any(op.why_not("native", DEVICE) is None for op in OPS.values())
 NATIVE = HERE if DEVICE == "cuda" else [f"native-{s}" for s in INSTRUCTION_SETS]
-BACKENDS = NATIVE + ["triton"] * any(op.why_not("triton", DEVICE) is None for op in OPS.values())
-MAIN = [b for b in BACKENDS if b in ("native", "triton", *(f"native-{s}" for s in BEST))]
-THREADED = MAIN
 if cuda_on_host.loaded:
     BACKENDS, MAIN, THREADED = [cuda_on_host.KIND], [cuda_on_host.KIND], []
+else:
+    TRITON = ["triton"] * any(op.why_not("triton", DEVICE) is None for op in OPS.values())
+    BACKENDS = NATIVE + TRITON
+    MAIN = [b for b in BACKENDS if b in ("native", "triton", *(f"native-{s}" for s in BEST))]
+    THREADED = MAIN
 
 test_cases = [(op, case) for op in OPS.values() for case in op.cases if "test" in case.tags]
 every_case = pytest.mark.parametrize(

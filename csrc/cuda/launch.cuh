@@ -37,6 +37,7 @@
 //                 who starts first.
 //   launch        launch<kernel<T>>({.blocks, .threads, .shared, .stream}, arguments…) from host
 //                 code: nullptr, or what went wrong in words. No blocks: nothing to do.
+//                 zero(memory, bytes, stream); multiprocessors(), most_shared() of this GPU.
 //   conversion    widen(value) to float, narrow<T>(float) to nearest even.
 #pragma once
 

@@ -68,6 +68,16 @@ inline int64_t multiprocessors() {
   return count;
 }
 
+// The shared memory that a block of this GPU may have.
+inline int64_t most_shared() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+          cudaSuccess)
+    return 48 * 1024;
+  return bytes;
+}
+
 // Coordinates and barriers.
 
 __device__ inline int thread() { return static_cast<int>(threadIdx.x); }

@@ -177,6 +177,7 @@ class Run {
     block.epoch = block.era = 0;
     block.gates.clear();
     block.waiting.clear();
+    block.exchanging.assign(static_cast<size_t>(threads / 32), 0);
     block.ready.resize(static_cast<size_t>(threads));
     block.fibers.resize(static_cast<size_t>(threads));
     for (int t = 0; t < threads; ++t) {

@@ -23,9 +23,17 @@ struct Site {
 
 enum class State : uint8_t { kReady, kBarrier, kCluster, kWarp, kWaiting, kDone };
 
-// What the lanes of a warp do together; the lane that comes last does it for all.
+struct Fiber;
 struct Exchange;
-using Settle = void (*)(Exchange* lanes, uint32_t mask);
+
+// Those of a warp, by lane.
+struct Exchanges {
+  Fiber* first;
+  Exchange& operator[](int lane) const;
+};
+
+// What the lanes of a warp do together; the lane that comes last does it for all.
+using Settle = void (*)(Exchanges lanes, uint32_t mask);
 
 struct Exchange {
   const char* what;  // null: the lane takes part in nothing
@@ -75,6 +83,8 @@ struct Fiber {
   uint32_t fenced;                   // its own clock at the last fence_bulk
 };
 
+inline Exchange& Exchanges::operator[](int lane) const { return first[lane].exchange; }
+
 // What a Gate waits for, and what those who came knew.
 struct GateState {
   int arrivals, missing;
@@ -102,6 +112,7 @@ struct Block {
   char* arena;
   std::vector<Fiber> fibers;
   std::vector<uint16_t> ready, waiting;
+  std::vector<uint32_t> exchanging;  // per warp, the lanes that have come to an exchange
   int done, arrived, votes, verdict;
   Site barrier;
   uint16_t first_at_barrier;

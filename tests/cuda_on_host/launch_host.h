@@ -57,11 +57,11 @@ TK_INLINE T gotten(const Exchange& mine) {
   return value;
 }
 
-void settle_shuffle(Exchange* lanes, uint32_t mask);
-void settle_ballot(Exchange* lanes, uint32_t mask);
-void settle_match(Exchange* lanes, uint32_t mask);
-void settle_sync(Exchange* lanes, uint32_t mask);
-void settle_nothing(Exchange* lanes, uint32_t mask);
+void settle_shuffle(Exchanges lanes, uint32_t mask);
+void settle_ballot(Exchanges lanes, uint32_t mask);
+void settle_match(Exchanges lanes, uint32_t mask);
+void settle_sync(Exchanges lanes, uint32_t mask);
+void settle_nothing(Exchanges lanes, uint32_t mask);
 
 template <class T>
 T given(const Exchange& lane) {
@@ -71,7 +71,7 @@ T given(const Exchange& lane) {
 }
 
 template <class T, class Combine>
-void settle_reduce(Exchange* lanes, uint32_t mask) {
+void settle_reduce(Exchanges lanes, uint32_t mask) {
   T total = given<T>(lanes[std::countr_zero(mask)]);
   for (uint32_t left = mask & (mask - 1); left != 0; left &= left - 1)
     total = Combine()(total, given<T>(lanes[std::countr_zero(left)]));
@@ -82,6 +82,8 @@ void settle_reduce(Exchange* lanes, uint32_t mask) {
 }  // namespace host
 
 // Launches.
+
+inline int64_t most_shared() { return 227 * 1024; }
 
 template <auto kernel, class... Params>
 const char* launch_as(void (*)(Params...), const char* name, const Launch& how,
@@ -104,7 +106,7 @@ const char* launch(const Launch& how, Args&&... args) {
   if (how.blocks < 0 || how.blocks_y < 0 || how.blocks_z < 0 || how.blocks > 0x7fffffff ||
       how.blocks_y > 65535 || how.blocks_z > 65535 || how.threads < 1 || how.threads > 1024 ||
       how.threads % kWarp != 0 || how.cluster < 1 || how.cluster > 8 ||
-      how.blocks % how.cluster != 0 || how.shared < 0 || how.shared > 227 * 1024)
+      how.blocks % how.cluster != 0 || how.shared < 0 || how.shared > most_shared())
     return "cuda_on_host: a launch that no GPU takes";
   return launch_as<kernel>(kernel, host::name_in(__PRETTY_FUNCTION__, name), how,
                            std::forward<Args>(args)...);

@@ -8,9 +8,9 @@ namespace tk::cuda {
 namespace host {
 
 void load_matrices(uint32_t* to, int count, bool transposed, const void* row, Site site);
-void settle_product_bf16(Exchange* lanes, uint32_t mask);
-void settle_product_fp16(Exchange* lanes, uint32_t mask);
-void settle_product_tf32(Exchange* lanes, uint32_t mask);
+void settle_product_bf16(Exchanges lanes, uint32_t mask);
+void settle_product_fp16(Exchanges lanes, uint32_t mask);
+void settle_product_tf32(Exchanges lanes, uint32_t mask);
 
 }  // namespace host
 

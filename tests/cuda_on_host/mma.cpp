@@ -23,7 +23,7 @@ float element(const uint32_t* registers, int at, float) {
 // A lane holds `per` neighbours along k in each register, of rows lane / 4 (+ 8) and of k = lane %
 // 4 · per (+ 4 · per).
 template <class T>
-void multiply(Exchange* lanes) {
+void multiply(Exchanges lanes) {
   constexpr int per = sizeof(T) == 4 ? 1 : 2, depth = 8 * per;
   float a[16][depth], b[depth][8];
   for (int lane = 0; lane < 32; ++lane) {
@@ -48,7 +48,7 @@ void multiply(Exchange* lanes) {
 
 // Lane 8m + r names row r of matrix m, 16 bytes; a lane gets two neighbours of row lane / 4, or,
 // transposed, of column lane / 4.
-void settle_matrices(Exchange* lanes, uint32_t) {
+void settle_matrices(Exchanges lanes, uint32_t) {
   const int count = lanes[0].lane_wanted;
   const bool transposed = lanes[0].value[0] != 0;
   for (int lane = 0; lane < 32; ++lane) {
@@ -78,8 +78,8 @@ void load_matrices(uint32_t* to, int count, bool transposed, const void* row, Si
   exchange("load_matrices", settle_matrices, kAllLanes, site, give);
 }
 
-void settle_product_bf16(Exchange* lanes, uint32_t) { multiply<BFloat16>(lanes); }
-void settle_product_fp16(Exchange* lanes, uint32_t) { multiply<Half>(lanes); }
-void settle_product_tf32(Exchange* lanes, uint32_t) { multiply<float>(lanes); }
+void settle_product_bf16(Exchanges lanes, uint32_t) { multiply<BFloat16>(lanes); }
+void settle_product_fp16(Exchanges lanes, uint32_t) { multiply<Half>(lanes); }
+void settle_product_tf32(Exchanges lanes, uint32_t) { multiply<float>(lanes); }
 
 }  // namespace tk::cuda::host

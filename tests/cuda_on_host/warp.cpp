@@ -6,12 +6,11 @@
 namespace tk::cuda::host {
 namespace {
 
-// Whether all lanes of the mask wait for the same thing.
-bool complete(const Fiber* lanes, int count, const Exchange& mine) {
+// Whether all lanes of the mask have come, and for the same thing.
+bool complete(const Fiber* lanes, uint32_t come, const Exchange& mine) {
+  if ((come & mine.mask) != mine.mask) return false;
   for (uint32_t left = mine.mask; left != 0; left &= left - 1) {
-    const int lane = std::countr_zero(left);
-    if (lane >= count) return false;
-    const Exchange& other = lanes[lane].exchange;
+    const Exchange& other = lanes[std::countr_zero(left)].exchange;
     if (other.what != mine.what || other.mask != mine.mask || !(other.site == mine.site))
       return false;
   }
@@ -33,27 +32,24 @@ Exchange& exchange(const char* what, Settle settle, uint32_t mask, Site site,
   mine.settle = settle;
   mine.mask = mask;
   mine.site = site;
-  if (!complete(lanes, block.threads - first < 32 ? block.threads - first : 32, mine)) {
+  uint32_t& come = block.exchanging[static_cast<size_t>(first / 32)];
+  come |= uint32_t{1} << lane;
+  if (!complete(lanes, come, mine)) {
     park(State::kWarp, site);
     return mine;
   }
-  Exchange all[32];
+  settle({lanes}, mask);
+  come &= ~mask;
   for (uint32_t left = mask; left != 0; left &= left - 1) {
-    const int l = std::countr_zero(left);
-    all[l] = lanes[l].exchange;
-  }
-  settle(all, mask);
-  for (uint32_t left = mask; left != 0; left &= left - 1) {
-    const int l = std::countr_zero(left);
-    lanes[l].exchange = all[l];
-    lanes[l].exchange.what = nullptr;
-    if (l != lane) wake(block, first + l);
+    const int other = std::countr_zero(left);
+    lanes[other].exchange.what = nullptr;
+    if (other != lane) wake(block, first + other);
   }
   return mine;
 }
 
 // Lane `lane_wanted` gives what this lane gets.
-void settle_shuffle(Exchange* lanes, uint32_t mask) {
+void settle_shuffle(Exchanges lanes, uint32_t mask) {
   for (uint32_t left = mask; left != 0; left &= left - 1) {
     const int number = std::countr_zero(left);
     Exchange& lane = lanes[number];
@@ -66,7 +62,7 @@ void settle_shuffle(Exchange* lanes, uint32_t mask) {
   }
 }
 
-void settle_ballot(Exchange* lanes, uint32_t mask) {
+void settle_ballot(Exchanges lanes, uint32_t mask) {
   uint32_t votes = 0;
   for (uint32_t left = mask; left != 0; left &= left - 1) {
     const int l = std::countr_zero(left);
@@ -76,7 +72,7 @@ void settle_ballot(Exchange* lanes, uint32_t mask) {
     lanes[std::countr_zero(left)].result[0] = votes;
 }
 
-void settle_match(Exchange* lanes, uint32_t mask) {
+void settle_match(Exchanges lanes, uint32_t mask) {
   for (uint32_t left = mask; left != 0; left &= left - 1) {
     Exchange& lane = lanes[std::countr_zero(left)];
     uint32_t same = 0;
@@ -88,9 +84,9 @@ void settle_match(Exchange* lanes, uint32_t mask) {
   }
 }
 
-void settle_nothing(Exchange*, uint32_t) {}
+void settle_nothing(Exchanges, uint32_t) {}
 
-void settle_sync(Exchange*, uint32_t mask) {
+void settle_sync(Exchanges, uint32_t mask) {
   know_each_other(*now.block, current_thread() / 32, mask);
 }
 
