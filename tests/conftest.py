@@ -50,11 +50,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="of the backends only CUDA kernels that run on the CPU",
     )
+    parser.addoption(
+        "--schedule", help="of those, blocks in this order, so many at once: descending,1"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--cuda-on-host"):
         cuda_on_host.load()
+        if config.getoption("--schedule"):
+            cuda_on_host.schedule(config.getoption("--schedule"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

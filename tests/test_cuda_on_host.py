@@ -34,6 +34,7 @@ FAULTS = [
     ("race_with_an_atomic", r"race on shared memory: (read|atomic) of byte 0"),
     ("outside_global", "out of bounds of global memory: write of 4 bytes"),
     ("vector_outside_global", "out of bounds of global memory: read of 16 bytes"),
+    ("far_outside_global", "out of bounds of global memory: (read of 4 bytes|there is none at)"),
     ("behind_an_array", "out of bounds of shared memory: write of 4 bytes at byte 256"),
     ("outside_shared", "out of bounds of shared memory: write of 4 bytes at byte -4000"),
     ("more_shared_than_launched", "shared memory: 40000 bytes wanted, the launch gave 4096"),

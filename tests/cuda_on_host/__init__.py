@@ -53,12 +53,15 @@ def load() -> None:
             loaded.append(op.name)
 
 
-def schedule(order: int, window: int) -> None:
-    """Blocks start ascending (0), descending (1) or shuffled (2), `window` at a time, 0: all; with
-    order −1 launches take these in turn.
+def schedule(words: str) -> None:
+    """Blocks start in this order and so many at a time ("descending,1", "shuffled,all"), instead of
+    in all of nine ways in turn, launch by launch.
     """
+    order, _, window = words.partition(",")
     path = build(KIND).with_suffix(".so")
-    ctypes.CDLL(str(path)).tokenkernels_schedule(order, window)
+    orders = ("ascending", "descending", "shuffled")
+    count = 0 if window in ("", "all") else int(window)
+    ctypes.CDLL(str(path)).tokenkernels_schedule(orders.index(order), count)
 
 
 def plain_environment() -> dict[str, str]:

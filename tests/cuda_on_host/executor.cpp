@@ -233,6 +233,13 @@ class Run {
 
 }  // namespace
 
+int thread_here() { return current_thread(); }
+int threads_here() { return now.block->threads; }
+int64_t block_here(int axis) { return now.block->index[axis]; }
+int64_t blocks_here() { return now.grid.blocks[0]; }
+int rank_here() { return now.block->rank; }
+int cluster_here() { return now.grid.cluster; }
+
 void park(State state, Site site) {
   now.fiber->state = state;
   now.fiber->site = site;
@@ -308,6 +315,7 @@ void run(const Grid& grid) {
   now.schedule = fixed_order >= 0
                      ? Schedule{static_cast<Order>(fixed_order), fixed_window}
                      : Schedule{static_cast<Order>(turn_of % 3), kWindows[turn_of / 3 % 3]};
+  catch_signals();
   std::mt19937 random(turn_of);
   Run(random).whole();
   now.block = nullptr;

@@ -156,6 +156,14 @@ extern Now now;
 
 inline int current_thread() { return static_cast<int>(now.fiber - now.block->fibers.data()); }
 
+// For kernels, out of their sight: what they read themselves is checked as their memory.
+int thread_here();
+int threads_here();
+int64_t block_here(int axis);
+int64_t blocks_here();
+int rank_here();
+int cluster_here();
+
 // Runs the grid to its end. Launches take all schedules in turn, unless one is set.
 void run(const Grid& grid);
 void set_schedule(int order, int window);  // order −1: in turn
@@ -182,6 +190,9 @@ void check_copies_done();
 
 // In what a kernel calls: the instruction of the kernel.
 #define TK_CALLER __builtin_extract_return_addr(__builtin_return_address(0))
+
+// Makes an access to no memory at all a fault like any other.
+void catch_signals();
 
 // Says what is wrong, where, and leaves the process.
 [[noreturn]] void fault(const std::string& what, const std::string& more = "");

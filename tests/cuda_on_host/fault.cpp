@@ -1,5 +1,7 @@
 // Faults in words: what is wrong, in which kernel, block and thread, on which line.
 #include <dlfcn.h>
+#include <signal.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -9,6 +11,11 @@
 
 namespace tk::cuda::host {
 namespace {
+
+// Where a signal found a kernel, if one did; and who had asked for signals before.
+uint32_t interrupted = 0;
+struct sigaction before[2];
+constexpr int kSignals[] = {SIGSEGV, SIGBUS};
 
 const Dl_info& object() {
   static const Dl_info info = [] {
@@ -70,7 +77,29 @@ void walk(const char* stack, const uint64_t* frame, std::vector<uint32_t>& codes
   }
 }
 
+void on_signal(int, siginfo_t* info, void* context) {
+  if (now.fiber == nullptr) {  // no kernel: it happens again, to whom it concerned before
+    for (int i = 0; i < 2; ++i) sigaction(kSignals[i], &before[i], nullptr);
+    return;
+  }
+  const auto* registers = static_cast<const ucontext_t*>(context)->uc_mcontext.gregs;
+  interrupted = code_of(reinterpret_cast<const void*>(registers[REG_RIP] + 1));
+  char address[24];
+  std::snprintf(address, sizeof address, "%p", info->si_addr);
+  fault(std::string("out of bounds of global memory: there is none at ") + address);
+}
+
 }  // namespace
+
+void catch_signals() {
+  static bool caught = false;
+  if (caught) return;
+  caught = true;
+  struct sigaction action = {};
+  action.sa_sigaction = &on_signal;
+  action.sa_flags = SA_SIGINFO | SA_NODEFER;
+  for (int i = 0; i < 2; ++i) sigaction(kSignals[i], &action, &before[i]);
+}
 
 uint32_t code_of(const void* address) {
   return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(address) -
@@ -87,6 +116,7 @@ std::string place_of_thread(const Block& block, int thread) {
   const Fiber& fiber = block.fibers[static_cast<size_t>(thread)];
   std::vector<uint32_t> codes;
   if (&fiber == now.fiber && fiber.state == State::kReady) {
+    if (interrupted != 0) codes.push_back(interrupted);
     walk(fiber.stack, static_cast<uint64_t*>(__builtin_frame_address(0)), codes);
   } else {
     const auto* saved = static_cast<const Saved*>(fiber.stack_pointer);
@@ -105,14 +135,16 @@ std::string name_of(const Block& block) {
 void fault(const std::string& what, const std::string& more) {
   const Block& block = *now.block;
   constexpr const char* kOrders[] = {"ascending", "descending", "shuffled"};
+  const std::string window =
+      now.schedule.window > 0 ? std::to_string(now.schedule.window) : std::string("all");
   const std::string place = place_of_thread(block, current_thread());
   const char* test = std::getenv("PYTEST_CURRENT_TEST");
   std::fprintf(stderr,
                "\ncuda_on_host: %s\n  kernel %s, %s, thread %d, %s\n%s"
-               "  blocks admitted %s, %lld at once%s%s\n",
+               "  --schedule %s,%s%s%s\n",
                what.c_str(), now.grid.kernel, name_of(block).c_str(), current_thread(),
                place.c_str(), more.c_str(), kOrders[static_cast<int>(now.schedule.order)],
-               static_cast<long long>(now.resident), test ? "; in " : "", test ? test : "");
+               window.c_str(), test ? "; in " : "", test ? test : "");
   std::fflush(stderr);
   _exit(kFaultExit);
 }

@@ -60,8 +60,8 @@ TK_INLINE void wait_stores(TK_SITE) {
 
 TK_INLINE void fence_bulk() { host::fence_bulk(); }
 
-TK_INLINE int cluster_rank() { return host::now.block->rank; }
-TK_INLINE int cluster_blocks() { return host::now.grid.cluster; }
+TK_INLINE int cluster_rank() { return host::rank_here(); }
+TK_INLINE int cluster_blocks() { return host::cluster_here(); }
 TK_INLINE void sync_cluster(TK_SITE) { host::cluster_barrier(site); }
 
 template <class T>

@@ -121,13 +121,13 @@ inline int64_t multiprocessors() { return 3; }  // few: a persistent grid comes 
 
 // Coordinates and barriers.
 
-TK_INLINE int thread() { return host::current_thread(); }
-TK_INLINE int threads() { return host::now.block->threads; }
+TK_INLINE int thread() { return host::thread_here(); }
+TK_INLINE int threads() { return host::threads_here(); }
 TK_INLINE int lane() { return thread() % kWarp; }
-TK_INLINE int64_t block() { return host::now.block->index[0]; }
-TK_INLINE int64_t block_y() { return host::now.block->index[1]; }
-TK_INLINE int64_t block_z() { return host::now.block->index[2]; }
-TK_INLINE int64_t blocks() { return host::now.grid.blocks[0]; }
+TK_INLINE int64_t block() { return host::block_here(0); }
+TK_INLINE int64_t block_y() { return host::block_here(1); }
+TK_INLINE int64_t block_z() { return host::block_here(2); }
+TK_INLINE int64_t blocks() { return host::blocks_here(); }
 
 TK_INLINE void sync(TK_SITE) { host::barrier(false, site); }
 TK_INLINE int sync_count(bool condition, TK_SITE) { return host::barrier(condition, site); }

@@ -86,6 +86,11 @@ __global__ void vector_outside_global(uint32_t* to) {
   to[thread()] = four.at[0];
 }
 
+__global__ void far_outside_global(uint32_t* to) {
+  const auto nowhere = reinterpret_cast<uintptr_t>(to) ^ uintptr_t { 1 } << 46;
+  to[0] = *reinterpret_cast<const uint32_t*>(nowhere);  // planted: far_outside_global
+}
+
 __global__ void behind_an_array(uint32_t*) {
   Arena arena;
   auto* values = arena.shared<uint32_t>(threads());
@@ -154,27 +159,17 @@ const char* go(uint32_t* memory) {
 #define TK_PLANTED(name) {#name, &go<name>}
 
 const Planted kPlanted[] = {
-    TK_PLANTED(barrier_divergence),
-    TK_PLANTED(two_barriers),
-    TK_PLANTED(inactive_lanes),
-    TK_PLANTED(lane_outside_mask),
-    TK_PLANTED(lanes_apart),
-    TK_PLANTED(race),
-    TK_PLANTED(race_of_writers),
-    TK_PLANTED(race_after_reading),
-    TK_PLANTED(race_within_a_warp),
-    TK_PLANTED(race_with_an_atomic),
-    TK_PLANTED(outside_global),
-    TK_PLANTED(vector_outside_global),
-    TK_PLANTED(behind_an_array),
-    TK_PLANTED(outside_shared),
-    TK_PLANTED(more_shared_than_launched),
-    TK_PLANTED(uninitialised),
-    TK_PLANTED(misaligned_vector),
-    TK_PLANTED(misaligned_pointer),
-    TK_PLANTED(local_of_another),
-    TK_PLANTED(look_back),
-    TK_PLANTED(never),
+    TK_PLANTED(barrier_divergence), TK_PLANTED(two_barriers),
+    TK_PLANTED(inactive_lanes),     TK_PLANTED(lane_outside_mask),
+    TK_PLANTED(lanes_apart),        TK_PLANTED(race),
+    TK_PLANTED(race_of_writers),    TK_PLANTED(race_after_reading),
+    TK_PLANTED(race_within_a_warp), TK_PLANTED(race_with_an_atomic),
+    TK_PLANTED(outside_global),     TK_PLANTED(vector_outside_global),
+    TK_PLANTED(far_outside_global), TK_PLANTED(behind_an_array),
+    TK_PLANTED(outside_shared),     TK_PLANTED(more_shared_than_launched),
+    TK_PLANTED(uninitialised),      TK_PLANTED(misaligned_vector),
+    TK_PLANTED(misaligned_pointer), TK_PLANTED(local_of_another),
+    TK_PLANTED(look_back),          TK_PLANTED(never),
 };
 const int kPlantedCount = sizeof kPlanted / sizeof *kPlanted;
 
