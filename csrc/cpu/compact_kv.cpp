@@ -37,7 +37,7 @@ void move_unit(const CompactKv& p, int64_t tensor, const Cut& cut, int64_t unit,
   move_part(p, move, cut, part);
   if (p.in_place) return;
   for (int64_t slot = part.end; slot < part.last; ++slot) {
-    zero_row(move.target(slot), part.bytes, false);
+    zero_row(move.target(slot), part.bytes, streaming);
   }
 }
 

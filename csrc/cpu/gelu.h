@@ -50,7 +50,8 @@ TK_INLINE Floats odd_step(Floats u, float end, const float (&coefficients)[kCoun
   return t * value + 0.5f;
 }
 
-// For what is rounded to bfloat16: absolute error below 2e-5, a hundredth of the rounding at 1.
+// For what is rounded to bfloat16: absolute error below 2e-5, a hundredth of the rounding at 1, and
+// below 1e-7·|u| far out.
 TK_INLINE Floats gelu(Floats u, BFloat16) {
   constexpr float kPhi[] = {-9.390688501e-4f, 4.220831674e-3f, -7.800432853e-3f, 1.083440799e-2f,
                             -1.751326211e-2f, 2.828838117e-2f, -4.042936489e-2f, 5.472162738e-2f,

@@ -144,15 +144,16 @@ TK_INLINE void stream_pair(T* to, Pair value) {
 }
 
 // Sums over their total. Where the result is rounded to half the bits, a factor is as good as a
-// division, which takes longer than reading the tokens.
+// division, which takes longer than reading the tokens, unless the factor overflows.
 template <class T>
 struct Divisor {
+  bool divides;
   Floats value;
 
-  TK_INLINE explicit Divisor(float total) : value(splat(sizeof(T) == 4 ? total : 1.0f / total)) {}
-  TK_INLINE Floats operator()(Floats sum) const {
-    return sizeof(T) == 4 ? sum / value : sum * value;
-  }
+  TK_INLINE explicit Divisor(float total)
+      : divides(sizeof(T) == 4 || __builtin_fabsf(total) < 1e-38f),
+        value(splat(divides ? total : 1.0f / total)) {}
+  TK_INLINE Floats operator()(Floats sum) const { return divides ? sum / value : sum * value; }
 };
 
 // The mean Σ weight · row / total, into `to`.

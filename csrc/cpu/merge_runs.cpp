@@ -52,8 +52,8 @@ TK_INLINE Floats add_products(Floats sum, Pair a, Pair b) {
 }
 
 #if defined(__AVX512BF16__)
-// Products of bfloat16, added in float32, count subnormal numbers as zeros: nothing beside the
-// smallest norm.
+// Products of bfloat16, added in float32, count what is below 2^-126 as zero: nothing beside the
+// smallest norm, which such cosines are divided by.
 TK_INLINE __m512bh load_piece(const BFloat16* from, int count) {
   const __mmask32 there = static_cast<__mmask32>((uint64_t{1} << count) - 1);
   return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(there, from));

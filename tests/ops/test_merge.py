@@ -36,6 +36,14 @@ def test_tokens_that_stay_keep_their_bits(dtype: torch.dtype) -> None:
     assert torch.equal(windows.view(torch.int16), x.view(torch.int16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sizes_may_be_tiny(dtype: torch.dtype) -> None:
+    x, size = torch.ones(1, 4, 20, dtype=dtype), torch.full((1, 4), 2.0**-133)
+    runs = tk.merge_runs(x, 0.5, size=size).tokens
+    windows = tk.merge_adjacent(x, (4,), (2,), num_windows=2, size=size).tokens
+    assert torch.equal(runs, x[0, :1]) and torch.equal(windows, x[:, :2])
+
+
 def test_an_index_outside_the_gradient_is_refused() -> None:
     grad, index = torch.ones(3, 4), torch.tensor([[0, 1, 3]])
     if _native.WHY_NOT is None:

@@ -63,7 +63,7 @@ def aggregate_soft(
     Example:
         >>> import torch, tokenkernels as tk
         >>> tokens = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
-        >>> tk.aggregate_soft(torch.tensor([[100.0, -100.0]]), tokens, tokens)
+        >>> tk.aggregate_soft(torch.tensor([[1000.0, -1000.0]]), tokens, tokens)
         tensor([[[1., 0.]]])
     """
     query, key, value = autocast(query, key, value)

@@ -32,8 +32,8 @@ def slim_tokens(
     where a gradient is needed, the projection before the GELU is kept in float32. A bias behind w2
     would be constant along the softmax and cancel: there is none. Gradient to all seven arguments.
     In bfloat16, on a processor that multiplies pairs of it, LN(x), the hidden tokens and P are
-    rounded to bfloat16 on the way, sums and softmax stay float32: the result is no further from
-    the exact one than the formula run in bfloat16, in the Euclidean norm.
+    rounded to bfloat16 on the way, sums and softmax stay float32: the result is about as
+    far from the exact one as the formula run in bfloat16; a sharp softmax magnifies both roundings.
 
     Args:
         x: (B, N, C), float32, float16 or bfloat16. A last dimension that is not contiguous costs a
