@@ -60,6 +60,10 @@ Status gather_topk_select(const GatherTopk& params, const Pool& pool);
 int64_t gather_topk_select_scratch(const GatherTopk& params, int threads);
 Status gather_topk(const GatherTopk& params, const Pool& pool);
 int64_t gather_topk_scratch(const GatherTopk& params, int threads);
+// Selects and gathers in one call, `budgets` being memory of the host; `selected` is not used.
+// `ragged`: they differ between images.
+const char* gather_topk_cuda(const GatherTopk& params, bool ragged, void* stream);
+int64_t gather_topk_cuda_scratch(const GatherTopk& params);
 
 // gather_topk_backward: the rows of the gradient back where they came from, zeros for the others;
 // with a fused row its share of both.

@@ -1,5 +1,5 @@
-// gather_topk and its gradient for torch tensors on the CPU.
-#include "torch/bind.h"
+// gather_topk and its gradient for torch tensors.
+#include "torch/place.h"
 
 namespace tk::bind {
 namespace {
@@ -41,11 +41,12 @@ std::vector<int64_t> budgets_of(const std::vector<int64_t>& k, bool ragged, cons
 
 // (B, rows, C) where every image keeps the same number, else packed (total, C); without C where x
 // has none.
-Tensor output_like(const Tensor& x, int64_t batch, int64_t rows, bool dense) {
+Tensor output_like(const Place& place, const Tensor& x, int64_t batch, int64_t rows, bool dense) {
   const ScalarType type = x.scalar_type();
   if (x.dim() == 3)
-    return dense ? empty({batch, rows, x.size(2)}, type) : empty({rows, x.size(2)}, type);
-  return dense ? empty({batch, rows}, type) : empty({rows}, type);
+    return dense ? place.empty({batch, rows, x.size(2)}, type)
+                 : place.empty({rows, x.size(2)}, type);
+  return dense ? place.empty({batch, rows}, type) : place.empty({rows}, type);
 }
 
 GatherTopk::Tensor tensor_of(const Tensor& from, const Tensor& to, const GatherTopk& p) {
@@ -62,13 +63,71 @@ GatherTopk::Tensor tensor_of(const Tensor& from, const Tensor& to, const GatherT
           p.fuse == Fuse::kNone ? DType::kFloat32 : dtype_of(from, "gather_topk")};
 }
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor> gather_topk_cpu(
-    std::vector<Tensor> tensors, Tensor scores, std::optional<Tensor> keep, std::vector<int64_t> k,
-    bool ragged, std::optional<double> threshold, int64_t prefix, std::string order,
-    std::string fuse) {
+using Results = std::tuple<std::vector<Tensor>, Tensor, Tensor>;
+
+// Outputs for `chosen` tokens of all images together: (B, each, …) with `each`, else packed.
+Results make_results(const Place& place, const std::vector<Tensor>& tensors, int64_t chosen,
+                     std::optional<int64_t> each, const Tensor& offsets, GatherTopk& p) {
+  const int64_t extra = p.prefix + (p.fuse != Fuse::kNone);
+  const int64_t rows = each ? extra + *each : chosen + p.batch * extra;
+  Tensor index = each ? place.empty({p.batch, *each}, ScalarType::Long)
+                      : place.empty({chosen}, ScalarType::Long);
+  p.index = static_cast<int64_t*>(index.data_ptr());
+  std::vector<Tensor> outputs;
+  for (const Tensor& tensor : tensors) {
+    outputs.push_back(output_like(place, tensor, p.batch, rows, each.has_value()));
+    p.tensors[p.tensor_count++] = tensor_of(tensor, outputs.back(), p);
+  }
+  return {outputs, index, offsets};
+}
+
+// Selects first, so that the outputs of a threshold have their size from the start.
+Results on_cpu(const Place& place, const std::vector<Tensor>& tensors, std::optional<int64_t> each,
+               const Tensor& offsets, GatherTopk& p) {
+  Scratch selected(p.batch * p.tokens * 8);
+  p.selected = static_cast<int64_t*>(selected.data());
+  const Pool threads = pool();
+  Scratch select_scratch(gather_topk_select_scratch(p, threads.threads));
+  p.scratch = select_scratch.data();
+  gather_topk_select(p, threads);
+  const int64_t extra = p.prefix + (p.fuse != Fuse::kNone);
+  Results results =
+      make_results(place, tensors, p.offsets[p.batch] - p.batch * extra, each, offsets, p);
+  Scratch scratch(gather_topk_scratch(p, threads.threads));
+  p.scratch = scratch.data();
+  tk::gather_topk(p, threads);
+  return results;
+}
+
+// With a threshold the outputs begin as large as they could become; the one number that is waited
+// for says how much of them is meant.
+Results on_cuda(const Place& place, const std::vector<Tensor>& tensors, std::optional<int64_t> each,
+                bool ragged, const Tensor& offsets, GatherTopk& p) {
+  int64_t chosen = p.batch * p.tokens;
+  if (p.budgets != nullptr) {
+    chosen = 0;
+    for (int64_t b = 0; b < p.batch; ++b) chosen += p.budgets[b];
+  }
+  Results results = make_results(place, tensors, chosen, each, offsets, p);
+  const Tensor scratch = place.scratch(gather_topk_cuda_scratch(p));
+  p.scratch = scratch.data_ptr();
+  Place::done("gather_topk", gather_topk_cuda(p, ragged, place.stream()));
+  if (p.budgets != nullptr) return results;
+  const int64_t total = read_back(offsets, p.batch);
+  auto& [outputs, index, _] = results;
+  for (Tensor& output : outputs) output = torch::stable::narrow(output, 0, 0, total);
+  const int64_t extra = p.prefix + (p.fuse != Fuse::kNone);
+  index = torch::stable::narrow(index, 0, 0, total - p.batch * extra);
+  return results;
+}
+
+Results gather_topk(std::vector<Tensor> tensors, Tensor scores, std::optional<Tensor> keep,
+                    std::vector<int64_t> k, bool ragged, std::optional<double> threshold,
+                    int64_t prefix, std::string order, std::string fuse) {
   check(tensors.size() <= GatherTopk::kMaxTensors, "gather_topk", "x: allowed at most 16 tensors");
   check(scores.dim() == 2, "gather_topk", "scores: allowed (B, N)");
   check(prefix >= 0, "gather_topk", "prefix: allowed 0 …");
+  const Place place(scores);
   GatherTopk p{};
   set_scores(scores, p);
   set_keep(keep, p);
@@ -82,30 +141,16 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> gather_topk_cpu(
   for (Tensor& tensor : tensors) {
     if (tensor.dim() == 3) tensor = rows_contiguous(tensor);
   }
-  Tensor offsets = empty({p.batch + 1}, ScalarType::Long);
-  Scratch selected(p.batch * p.tokens * 8);
+  std::optional<int64_t> each;
+  if (!threshold && !ragged) each = k[0];
+  const Tensor offsets = place.empty({p.batch + 1}, ScalarType::Long);
   p.offsets = static_cast<int64_t*>(offsets.data_ptr());
-  p.selected = static_cast<int64_t*>(selected.data());
-  const Pool threads = pool();
-  Scratch select_scratch(gather_topk_select_scratch(p, threads.threads));
-  p.scratch = select_scratch.data();
-  gather_topk_select(p, threads);
-
-  const bool dense = !threshold && !ragged;
-  const int64_t total = p.offsets[p.batch], extra = prefix + (p.fuse != Fuse::kNone);
-  const int64_t chosen = total - p.batch * extra, rows = dense ? extra + k[0] : total;
-  Tensor index =
-      dense ? empty({p.batch, k[0]}, ScalarType::Long) : empty({chosen}, ScalarType::Long);
-  p.index = static_cast<int64_t*>(index.data_ptr());
-  std::vector<Tensor> outputs;
-  for (const Tensor& tensor : tensors) {
-    outputs.push_back(output_like(tensor, p.batch, rows, dense));
-    p.tensors[p.tensor_count++] = tensor_of(tensor, outputs.back(), p);
+  if constexpr (kHasCuda) {
+    if (place.runs_cuda()) return on_cuda(place, tensors, each, ragged, offsets, p);
   }
-  Scratch scratch(gather_topk_scratch(p, threads.threads));
-  p.scratch = scratch.data();
-  gather_topk(p, threads);
-  return {outputs, index, offsets};
+  Results results;
+  if constexpr (kHasCpu) results = on_cpu(place, tensors, each, offsets, p);
+  return results;
 }
 
 // Offsets of images that keep 0…N tokens each, as many as there are in the index.
@@ -119,11 +164,11 @@ bool fits(const GatherTopkBackward& p, int64_t extra, int64_t chosen) {
   return good && p.offsets[p.batch] - p.batch * extra == chosen;
 }
 
-std::tuple<std::vector<Tensor>, Tensor> gather_topk_backward_cpu(std::vector<Tensor> gradients,
-                                                                 Tensor index, Tensor offsets,
-                                                                 std::vector<Tensor> tensors,
-                                                                 Tensor scores, int64_t prefix,
-                                                                 std::string fuse) {
+std::tuple<std::vector<Tensor>, Tensor> gather_topk_backward(std::vector<Tensor> gradients,
+                                                             Tensor index, Tensor offsets,
+                                                             std::vector<Tensor> tensors,
+                                                             Tensor scores, int64_t prefix,
+                                                             std::string fuse) {
   const char* op = "gather_topk_backward";
   GatherTopkBackward p{};
   p.fuse = fuse_of(fuse);
@@ -182,15 +227,17 @@ std::tuple<std::vector<Tensor>, Tensor> gather_topk_backward_cpu(std::vector<Ten
   const Pool threads = pool();
   Scratch scratch(gather_topk_backward_scratch(p, threads.threads));
   p.scratch = scratch.data();
-  check(gather_topk_backward(p, threads), op, "index: allowed 0 … N−1");
+  check(tk::gather_topk_backward(p, threads), op, "index: allowed 0 … N−1");
   return {results, scores_gradient};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tokenkernels, CPU, m) {
-  m.impl("gather_topk", TORCH_BOX(&gather_topk_cpu));
-  m.impl("gather_topk_backward", TORCH_BOX(&gather_topk_backward_cpu));
+TK_LIBRARY(CPU, m) {
+  TK_IMPL(m, gather_topk);
+  TK_IMPL(m, gather_topk_backward);
 }
+
+TK_LIBRARY(CUDA, m) { TK_IMPL(m, gather_topk); }
 
 }  // namespace tk::bind
