@@ -8,7 +8,7 @@ namespace tk::cuda {
 // A block of kThreads adds up kFuseLanes vectors of 16 bytes next to each other, in kFuseRows
 // threads each every kFuseRows-th token: 128 bytes of a row at a time, which makes enough blocks
 // even of few images. Which thread adds what depends on N and C alone.
-constexpr int kFuseLanes = 8, kFuseRows = kThreads / kFuseLanes, kFuseInFlight = 4;
+constexpr int kFuseLanes = 8, kFuseRows = kThreads / kFuseLanes;
 static_assert(kFuseRows == kWarp);  // a word of `chosen` is one step of all threads
 
 template <class T>
@@ -20,12 +20,11 @@ __host__ __device__ inline int64_t fuse_slices(const GatherTopk::Tensor& tensor)
 
 constexpr int64_t kFuseFloats = kFuseRows * (kFuseLanes * 8 + 1);
 
-// Values column … column + kPerVector − 1 of a row, zeros beyond its end.
-template <class T>
-__device__ Vector<T, kPerVector<T>> load_part(const T* row, int64_t column, int64_t channels,
-                                              bool wide) {
+// Values column … column + kPerVector − 1 of a row: at once, or those that are there one by one.
+template <class T, bool wide>
+__device__ Vector<T, kPerVector<T>> load_part(const T* row, int64_t column, int64_t channels) {
   using V = Vector<T, kPerVector<T>>;
-  if (wide) return load<V, kReadOnly>(row + column);
+  if constexpr (wide) return load<V, kReadOnly>(row + column);
   V part = {};
 #pragma unroll
   for (int v = 0; v < V::kCount; ++v) {
@@ -34,12 +33,11 @@ __device__ Vector<T, kPerVector<T>> load_part(const T* row, int64_t column, int6
   return part;
 }
 
+// Element `at` of scores.
 __device__ inline float score_of(const void* scores, DType dtype, int64_t at) {
-  float value = 0;
-  if (dtype == DType::kFloat32) value = static_cast<const float*>(scores)[at];
-  if (dtype == DType::kFloat16) value = widen(static_cast<const Half*>(scores)[at]);
-  if (dtype == DType::kBFloat16) value = widen(static_cast<const BFloat16*>(scores)[at]);
-  return value;
+  if (dtype == DType::kFloat32) return static_cast<const float*>(scores)[at];
+  const uint16_t bits = static_cast<const uint16_t*>(scores)[at];
+  return dtype == DType::kFloat16 ? widen(Half{bits}) : widen(BFloat16{bits});
 }
 
 // What one thread adds up.
@@ -49,36 +47,41 @@ struct FusedPart {
   float weight = 0;
 };
 
-template <class T>
+template <class T, bool wide>
 __device__ FusedPart<T> add_dropped(const TopkJob& job, const GatherTopk::Tensor& tensor,
-                                    int64_t image, int64_t column, bool wide) {
+                                    int64_t image, int64_t column) {
+  constexpr int kInFlight = wide ? 4 : 1;
   const GatherTopk& p = job.p;
-  const int64_t channels = tensor.row_bytes / int64_t{sizeof(T)}, own = thread() / kFuseLanes;
+  const int64_t channels = tensor.row_bytes / int64_t{sizeof(T)};
+  const int own = thread() / kFuseLanes, tokens = static_cast<int>(p.tokens);
   const char* rows = static_cast<const char*>(tensor.from) + image * tensor.batch_stride +
                      p.prefix * tensor.token_stride;
   const uint32_t* chosen = job.chosen + image * job.chosen_words;
   FusedPart<T> sum;
   if (column >= channels) return sum;
-  for (int64_t w = 0; w < job.chosen_words; w += kFuseInFlight) {
-    Vector<T, kPerVector<T>> part[kFuseInFlight] = {};
-    float weight[kFuseInFlight] = {};
-    bool dropped[kFuseInFlight] = {};
+  const int64_t step = kFuseRows * tensor.token_stride;
+  const int64_t score_step = kFuseRows * p.scores_token_stride;
+  int64_t score = image * p.scores_batch_stride + own * p.scores_token_stride;
+  rows += own * tensor.token_stride;
+  for (int first = own; first < tokens; first += kInFlight * kFuseRows) {
+    Vector<T, kPerVector<T>> part[kInFlight] = {};
+    bool dropped[kInFlight];
 #pragma unroll
-    for (int i = 0; i < kFuseInFlight; ++i) {
-      const int64_t n = (w + i) * kFuseRows + own;
-      dropped[i] = n < p.tokens && (chosen[w + i] >> own & 1u) == 0;
-      if (!dropped[i]) continue;
-      weight[i] = score_of(p.scores, p.scores_dtype,
-                           image * p.scores_batch_stride + n * p.scores_token_stride);
-      part[i] = load_part(reinterpret_cast<const T*>(rows + n * tensor.token_stride), column,
-                          channels, wide);
+    for (int i = 0; i < kInFlight; ++i) {
+      const int n = first + i * kFuseRows;
+      dropped[i] = n < tokens && (chosen[n / kWarp] >> own & 1u) == 0;
     }
 #pragma unroll
-    for (int i = 0; i < kFuseInFlight; ++i) {
-      if (!dropped[i]) continue;
-      sum.weight += weight[i];
+    for (int i = 0; i < kInFlight; ++i, rows += step) {
+      if (dropped[i])
+        part[i] = load_part<T, wide>(reinterpret_cast<const T*>(rows), column, channels);
+    }
 #pragma unroll
-      for (int v = 0; v < kPerVector<T>; ++v) sum.total[v] += weight[i] * widen(part[i].at[v]);
+    for (int i = 0; i < kInFlight; ++i, score += score_step) {
+      const float weight = dropped[i] ? score_of(p.scores, p.scores_dtype, score) : 0.0f;
+      sum.weight += weight;
+#pragma unroll
+      for (int v = 0; v < kPerVector<T>; ++v) sum.total[v] += weight * widen(part[i].at[v]);
     }
   }
   return sum;
@@ -94,7 +97,8 @@ __device__ void fuse_slice(const TopkJob& job, const GatherTopk::Tensor& tensor,
   const bool wide = word_of(place_of(tensor.from) | tensor.batch_stride | tensor.token_stride |
                             tensor.row_bytes) == 16;
   float *sums = memory, *weights = memory + kFuseRows * kWidth;
-  const FusedPart<T> part = add_dropped<T>(job, tensor, image, first + at, wide);
+  const FusedPart<T> part = wide ? add_dropped<T, true>(job, tensor, image, first + at)
+                                 : add_dropped<T, false>(job, tensor, image, first + at);
 #pragma unroll
   for (int v = 0; v < kPerVector<T>; ++v) sums[own * kWidth + at + v] = part.total[v];
   if (at == 0) weights[own] = part.weight;

@@ -16,18 +16,20 @@ constexpr int kMaxThreads = 1024;
 constexpr int64_t kOneLaunch = int64_t{ScoreKeys::kKeys} * kMaxThreads;
 constexpr int kListRoom = 1024;                // rows that a block looks up at a time
 constexpr int64_t kBytesPerBlock = 16 * 1024;  // that are worth one more block
-constexpr int kBlocksEach = 4;                 // of kThreads on one multiprocessor
+constexpr int kBlocksEach = 3;                 // that move or fuse rows on one multiprocessor
 
 __global__ void __launch_bounds__(kMaxThreads)
     gather_topk_kernel(const __grid_constant__ TopkJob job) {
   const GatherTopk& p = job.p;
-  const int64_t image = cuda::block() / job.parts, part = cuda::block() % job.parts;
+  const auto number = static_cast<uint32_t>(cuda::block());
+  const uint32_t image = number / job.parts, part = number % job.parts;
   cuda::Arena arena;
   const cuda::SelectMemory memory(arena);
   auto* list = arena.shared<uint64_t>(job.room);
   const TopkSpan span = cuda::budget_of(job, image);
-  const int64_t rows = p.prefix + span.count;
-  const int64_t first = rows * part / job.parts, last = rows * (part + 1) / job.parts;
+  const auto rows = static_cast<uint32_t>(p.prefix + span.count);
+  const int64_t first = cuda::begin_of(part, rows, job.parts);
+  const int64_t last = cuda::begin_of(part + 1, rows, job.parts);
   const int64_t low = first > p.prefix ? first - p.prefix : 0;
   const int64_t high = last > p.prefix ? last - p.prefix : 0;
   const bool by_score = p.by_score;
@@ -80,13 +82,13 @@ __global__ void __launch_bounds__(kMaxThreads) select_kernel(const __grid_consta
 }
 
 // Parts [part, end) of the rows of one image, so many at a time as the list has room for.
-__device__ void move_parts(const TopkJob& job, int64_t image, int64_t part, int64_t end,
+__device__ void move_parts(const TopkJob& job, int64_t image, uint32_t part, uint32_t end,
                            const TopkSpan& span, uint64_t* list) {
   const GatherTopk& p = job.p;
-  const int64_t rows = p.prefix + span.count;
+  const auto rows = static_cast<uint32_t>(p.prefix + span.count);
   const int64_t* picks = cuda::picks_of(job, image, span.before);
-  const int64_t stop = rows * end / job.parts;
-  for (int64_t first = rows * part / job.parts; first < stop; first += kListRoom) {
+  const int64_t stop = cuda::begin_of(end, rows, job.parts);
+  for (int64_t first = cuda::begin_of(part, rows, job.parts); first < stop; first += kListRoom) {
     const int64_t last = first + kListRoom < stop ? first + kListRoom : stop;
     const int64_t low = first > p.prefix ? first - p.prefix : 0;
     for (int64_t i = cuda::thread(); i < last - p.prefix - low; i += cuda::threads()) {
@@ -103,20 +105,23 @@ __global__ void __launch_bounds__(cuda::kThreads, kBlocksEach)
     rows_kernel(const __grid_constant__ TopkJob job) {
   cuda::Arena arena;
   auto* sums = arena.shared<int64_t>(cuda::kThreads / cuda::kWarp);
-  if (cuda::block() < job.moving) {
+  const auto group = static_cast<uint32_t>(cuda::block());
+  if (group < job.moving) {
     auto* list = arena.shared<uint64_t>(kListRoom);
-    cuda::for_images(job, job.parts, cuda::block(), job.moving, sums,
-                     [&](int64_t image, int64_t part, int64_t end, const TopkSpan& span) {
+    cuda::for_images(job, job.parts, group, job.moving, sums,
+                     [&](uint32_t image, uint32_t part, uint32_t end, const TopkSpan& span) {
                        if (part == 0) cuda::write_offsets(job, image, span);
                        move_parts(job, image, part, end, span, list);
                      });
     return;
   }
   auto* memory = arena.shared<float>(cuda::kFuseFloats);
-  int64_t slices = 0;
-  for (int t = 0; t < job.p.tensor_count; ++t) slices += cuda::fuse_slices(job.p.tensors[t]);
-  cuda::for_images(job, slices, cuda::block() - job.moving, cuda::blocks() - job.moving, sums,
-                   [&](int64_t image, int64_t part, int64_t end, const TopkSpan& span) {
+  uint32_t slices = 0;
+  for (int t = 0; t < job.p.tensor_count; ++t)
+    slices += static_cast<uint32_t>(cuda::fuse_slices(job.p.tensors[t]));
+  cuda::for_images(job, slices, group - job.moving,
+                   static_cast<uint32_t>(cuda::blocks()) - job.moving, sums,
+                   [&](uint32_t image, uint32_t part, uint32_t end, const TopkSpan& span) {
                      const int64_t row = span.before + span.count + (image + 1) * job.extra() - 1;
                      for (; part < end; ++part) cuda::fuse_slice(job, image, part, row, memory);
                    });
@@ -141,11 +146,11 @@ int64_t row_bytes_of(const GatherTopk& p) {
 const char* launch_one(TopkJob& job, void* stream) {
   const GatherTopk& p = job.p;
   const int threads = select_threads(p.tokens);
-  const int64_t places = cuda::multiprocessors() * kBlocksEach * cuda::kThreads / threads;
+  const int64_t places = cuda::multiprocessors() * (kMaxThreads / threads);
   const int64_t rows = p.prefix + job.most;
   const int64_t wanted = p.batch <= places ? places / p.batch : 4 * places / p.batch + 1;
   const int64_t useful = rows * row_bytes_of(p) / kBytesPerBlock + 1;
-  job.parts = static_cast<int>(clamp(wanted, 1, useful < rows ? useful : rows));
+  job.parts = static_cast<uint32_t>(clamp(wanted, 1, useful < rows ? useful : rows));
   const int64_t each = rows / job.parts + 1;  // rows of a share, at most
   job.room = static_cast<int>(p.by_score || each > job.most ? job.most : each) + 1;
   const int64_t shared = cuda::SelectMemory::bytes() + cuda::shared_bytes<uint64_t>(job.room);
@@ -156,8 +161,9 @@ const char* launch_one(TopkJob& job, void* stream) {
 const char* launch_rows(TopkJob& job, void* stream) {
   const GatherTopk& p = job.p;
   const int64_t places = cuda::multiprocessors() * kBlocksEach, rows = p.prefix + job.most;
-  job.parts = static_cast<int>(clamp(8 * places / p.batch + 1, 1, rows));
-  job.moving = clamp(p.batch * rows * row_bytes_of(p) / kBytesPerBlock, 1, places);
+  job.parts = static_cast<uint32_t>(clamp(8 * places / p.batch + 1, 1, rows));
+  job.moving =
+      static_cast<uint32_t>(clamp(p.batch * rows * row_bytes_of(p) / kBytesPerBlock, 1, places));
   int64_t fusing = 0;
   for (int t = 0; t < p.tensor_count && p.fuse != Fuse::kNone; ++t)
     fusing += p.batch * cuda::fuse_slices(p.tensors[t]);

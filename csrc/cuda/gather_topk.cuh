@@ -95,26 +95,35 @@ __device__ inline void move_share(const TopkJob& job, int64_t image, int64_t bef
   }
 }
 
+// Where part number `part` of `parts` begins that divide `all` evenly; `part` may be `parts`.
+__device__ inline uint32_t begin_of(uint32_t part, uint32_t all, uint32_t parts) {
+  const uint32_t each = all / parts, more = all - each * parts;
+  return part * each + (part < more ? part : more);
+}
+
 // Runs body(image, first part, last part + 1, span) for the images of this block, one of `group` in
 // `groups` that divide `parts` parts of every image evenly. `sums` holds one entry per warp.
 template <class Body>
-__device__ void for_images(const TopkJob& job, int64_t parts, int64_t group, int64_t groups,
+__device__ void for_images(const TopkJob& job, uint32_t parts, uint32_t group, uint32_t groups,
                            int64_t* sums, const Body& body) {
-  const int64_t all = job.p.batch * parts;
-  const int64_t begin = all / groups * group + all % groups * group / groups;
-  const int64_t end = all / groups * (group + 1) + all % groups * (group + 1) / groups;
+  const uint32_t all = static_cast<uint32_t>(job.p.batch) * parts;
+  uint32_t begin = begin_of(group, all, groups);
+  const uint32_t end = begin_of(group + 1, all, groups);
   if (begin == end) return;
-  int64_t image = begin / parts, before = 0;
+  uint32_t image = begin / parts, base = image * parts;
+  int64_t before = 0;
   if (job.counts != nullptr) {
-    for (int64_t i = thread(); i < image; i += threads()) before += job.counts[i];
+    for (uint32_t i = static_cast<uint32_t>(thread()); i < image; i += threads())
+      before += job.counts[i];
     before = block_sum(before, sums);
   }
-  for (; image * parts < end; ++image) {
+  for (; begin < end; ++image, base += parts) {
     if (job.counts == nullptr) before = budget_of(job, image).before;
     const TopkSpan span{before, count_of(job, image)};
-    const int64_t base = image * parts;
-    body(image, begin > base ? begin - base : 0, end - base < parts ? end - base : parts, span);
+    const uint32_t stop = end - base < parts ? end : base + parts;
+    body(image, begin - base, stop - base, span);
     before += span.count;
+    begin = stop;
   }
 }
 
