@@ -83,6 +83,7 @@ struct GatherTopkBackward {
   int64_t scores_batch_stride, scores_token_stride;
   float* scores_gradient;  // (B, N) contiguous, with fuse
   int64_t batch, tokens, prefix;
+  int64_t rows;  // of every gradient: the index and what each image has besides; guards a GPU
   GatherTopk::Fuse fuse;
   Tensor tensors[GatherTopk::kMaxTensors];
   int tensor_count;
@@ -90,6 +91,8 @@ struct GatherTopkBackward {
 };
 Status gather_topk_backward(const GatherTopkBackward& params, const Pool& pool);
 int64_t gather_topk_backward_scratch(const GatherTopkBackward& params, int threads);
+const char* gather_topk_backward_cuda(const GatherTopkBackward& params, void* stream);
+int64_t gather_topk_backward_cuda_scratch(const GatherTopkBackward& params);
 
 // One value per token of every image: element (b, n) at data[b * batch_stride + n * token_stride];
 // null: absent.

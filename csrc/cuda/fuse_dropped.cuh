@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/gather_topk.cuh"
+#include "cuda/values.cuh"
 
 namespace tk::cuda {
 
@@ -11,34 +12,11 @@ namespace tk::cuda {
 constexpr int kFuseLanes = 8, kFuseRows = kThreads / kFuseLanes;
 static_assert(kFuseRows == kWarp);  // a word of `chosen` is one step of all threads
 
-template <class T>
-constexpr int kPerVector = 16 / sizeof(T);
-
 __host__ __device__ inline int64_t fuse_slices(const GatherTopk::Tensor& tensor) {
   return (tensor.row_bytes + 16 * kFuseLanes - 1) / (16 * kFuseLanes);
 }
 
 constexpr int64_t kFuseFloats = kFuseRows * (kFuseLanes * 8 + 1);
-
-// Values column … column + kPerVector − 1 of a row: at once, or those that are there one by one.
-template <class T, bool wide>
-__device__ Vector<T, kPerVector<T>> load_part(const T* row, int64_t column, int64_t channels) {
-  using V = Vector<T, kPerVector<T>>;
-  if constexpr (wide) return load<V, kReadOnly>(row + column);
-  V part = {};
-#pragma unroll
-  for (int v = 0; v < V::kCount; ++v) {
-    if (column + v < channels) part.at[v] = load<T, kReadOnly>(row + column + v);
-  }
-  return part;
-}
-
-// Element `at` of scores.
-__device__ inline float score_of(const void* scores, DType dtype, int64_t at) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(scores)[at];
-  const uint16_t bits = static_cast<const uint16_t*>(scores)[at];
-  return dtype == DType::kFloat16 ? widen(Half{bits}) : widen(BFloat16{bits});
-}
 
 // What one thread adds up.
 template <class T>

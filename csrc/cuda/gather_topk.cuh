@@ -95,12 +95,6 @@ __device__ inline void move_share(const TopkJob& job, int64_t image, int64_t bef
   }
 }
 
-// Where part number `part` of `parts` begins that divide `all` evenly; `part` may be `parts`.
-__device__ inline uint32_t begin_of(uint32_t part, uint32_t all, uint32_t parts) {
-  const uint32_t each = all / parts, more = all - each * parts;
-  return part * each + (part < more ? part : more);
-}
-
 // Runs body(image, first part, last part + 1, span) for the images of this block, one of `group` in
 // `groups` that divide `parts` parts of every image evenly. `sums` holds one entry per warp.
 template <class Body>

@@ -18,6 +18,12 @@ __host__ __device__ inline int word_of(int64_t places) {
   return static_cast<int>((places | 16) & -(places | 16));
 }
 
+// Where part number `part` of `parts` begins that divide `all` evenly; `part` may be `parts`.
+__device__ inline uint32_t begin_of(uint32_t part, uint32_t all, uint32_t parts) {
+  const uint32_t each = all / parts, more = all - each * parts;
+  return part * each + (part < more ? part : more);
+}
+
 // Every `workers`-th word of rows of `words` words, row after row, from word `worker` on.
 // Neighbours are with neighbouring words, and all are busy however short the rows.
 struct RowCursor {

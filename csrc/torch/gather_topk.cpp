@@ -164,70 +164,95 @@ bool fits(const GatherTopkBackward& p, int64_t extra, int64_t chosen) {
   return good && p.offsets[p.batch] - p.batch * extra == chosen;
 }
 
+void set_index(const Tensor& index, const Tensor& offsets, GatherTopkBackward& p) {
+  const bool good = index.scalar_type() == ScalarType::Long &&
+                    offsets.scalar_type() == ScalarType::Long &&
+                    (index.dim() == 1 || (index.dim() == 2 && index.size(0) == p.batch)) &&
+                    offsets.dim() == 1 && offsets.numel() == p.batch + 1;
+  check(good, "gather_topk_backward", "index, offsets: those of the forward call");
+  p.index = static_cast<const int64_t*>(index.data_ptr());
+  p.offsets = static_cast<const int64_t*>(offsets.data_ptr());
+  p.rows = index.numel() + p.batch * (p.prefix + (p.fuse != Fuse::kNone));
+}
+
+// One gradient (contiguous) and the input's, which it returns.
+Tensor add_gradient(const Place& place, const Tensor& from, const Tensor& index,
+                    GatherTopkBackward& p) {
+  const char* op = "gather_topk_backward";
+  const bool dense = index.dim() == 2, has_channels = from.dim() == index.dim() + 1;
+  check(has_channels || from.dim() == index.dim(), op, "gradients: shape of the output");
+  const int64_t channels = has_channels ? from.size(from.dim() - 1) : 1, rows = p.prefix + p.tokens;
+  const int64_t each = p.prefix + (p.fuse != Fuse::kNone);
+  check(dense ? from.size(0) == p.batch && from.size(1) == each + index.size(1)
+              : from.size(0) == p.rows,
+        op, "gradients: shape of the output");
+  Tensor to = has_channels ? place.empty({p.batch, rows, channels}, from.scalar_type())
+                           : place.empty({p.batch, rows}, from.scalar_type());
+  p.tensors[p.tensor_count++] = {from.data_ptr(), to.data_ptr(),     nullptr, 0, 0,
+                                 channels,        dtype_of(from, op)};
+  return to;
+}
+
+// The input that rows were fused of; `like` is its gradient.
+void add_input(const Tensor& x, const Tensor& like, GatherTopkBackward::Tensor& tensor) {
+  bool good = x.scalar_type() == like.scalar_type() && x.dim() == like.dim();
+  for (int64_t d = 0; good && d < x.dim(); ++d) good = x.size(d) == like.size(d);
+  check(good, "gather_topk_backward", "tensors: those of the forward call");
+  tensor.x = x.data_ptr();
+  tensor.x_batch_stride = x.stride(0);
+  tensor.x_token_stride = x.stride(1);
+}
+
 std::tuple<std::vector<Tensor>, Tensor> gather_topk_backward(std::vector<Tensor> gradients,
                                                              Tensor index, Tensor offsets,
                                                              std::vector<Tensor> tensors,
                                                              Tensor scores, int64_t prefix,
                                                              std::string fuse) {
   const char* op = "gather_topk_backward";
+  const Place place(scores);
   GatherTopkBackward p{};
   p.fuse = fuse_of(fuse);
-  const bool fused = p.fuse != Fuse::kNone, dense = index.dim() == 2;
+  const bool fused = p.fuse != Fuse::kNone;
   check(
       gradients.size() <= GatherTopk::kMaxTensors && (!fused || gradients.size() == tensors.size()),
       op, "gradients: one per tensor, at most 16");
   check(scores.dim() == 2, op, "scores: allowed (B, N)");
   check(prefix >= 0, op, "prefix: allowed 0 …");
-  p.batch = scores.size(0);
-  p.tokens = scores.size(1);
-  p.prefix = prefix;
-  check(index.scalar_type() == ScalarType::Long && offsets.scalar_type() == ScalarType::Long &&
-            (index.dim() == 1 || (dense && index.size(0) == p.batch)) && offsets.dim() == 1 &&
-            offsets.numel() == p.batch + 1,
-        op, "index, offsets: those of the forward call");
-  index = torch::stable::contiguous(index);
-  offsets = torch::stable::contiguous(offsets);
-  p.index = static_cast<const int64_t*>(index.data_ptr());
-  p.offsets = static_cast<const int64_t*>(offsets.data_ptr());
-  check(fits(p, prefix + fused, index.numel()), op,
-        "offsets: allowed 0, then the ends of images that keep 0…N tokens of the index each");
-  Tensor scores_gradient = empty({fused ? p.batch : 0, fused ? p.tokens : 0}, ScalarType::Float);
-  p.scores_gradient = static_cast<float*>(scores_gradient.data_ptr());
   p.scores = scores.data_ptr();
   p.scores_dtype = dtype_of(scores, op);
   p.scores_batch_stride = scores.stride(0);
   p.scores_token_stride = scores.stride(1);
+  p.batch = scores.size(0);
+  p.tokens = scores.size(1);
+  p.prefix = prefix;
+  index = torch::stable::contiguous(index);
+  offsets = torch::stable::contiguous(offsets);
+  set_index(index, offsets, p);
+  check(place.runs_cuda() || fits(p, prefix + fused, index.numel()), op,
+        "offsets: allowed 0, then the ends of images that keep 0…N tokens of the index each");
+  Tensor scores_gradient =
+      place.empty({fused ? p.batch : 0, fused ? p.tokens : 0}, ScalarType::Float);
+  p.scores_gradient = static_cast<float*>(scores_gradient.data_ptr());
   std::vector<Tensor> results;
   for (size_t t = 0; t < gradients.size(); ++t) {
     gradients[t] = torch::stable::contiguous(gradients[t]);
-    const Tensor& from = gradients[t];
-    check(from.dim() == index.dim() || from.dim() == index.dim() + 1, op,
-          "gradients: shape of the output");
-    const bool has_channels = from.dim() == index.dim() + 1;
-    const int64_t channels = has_channels ? from.size(from.dim() - 1) : 1, rows = prefix + p.tokens;
-    check(dense ? from.size(0) == p.batch && from.size(1) == prefix + fused + index.size(1)
-                : from.size(0) == p.offsets[p.batch],
-          op, "gradients: shape of the output");
-    results.push_back(has_channels ? empty({p.batch, rows, channels}, from.scalar_type())
-                                   : empty({p.batch, rows}, from.scalar_type()));
-    auto& tensor = p.tensors[p.tensor_count++];
-    tensor = {from.data_ptr(), results.back().data_ptr(), nullptr, 0, 0,
-              channels,        dtype_of(from, op)};
+    results.push_back(add_gradient(place, gradients[t], index, p));
     if (!fused) continue;
-    check(tensors[t].scalar_type() == from.scalar_type() && tensors[t].dim() == 2 + has_channels &&
-              tensors[t].size(0) == p.batch && tensors[t].size(1) == rows &&
-              (!has_channels || tensors[t].size(2) == channels),
-          op, "tensors: those of the forward call");
-    if (has_channels) tensors[t] = rows_contiguous(tensors[t]);
-    const Tensor& x = tensors[t];
-    tensor.x = x.data_ptr();
-    tensor.x_batch_stride = x.stride(0);
-    tensor.x_token_stride = x.stride(1);
+    if (tensors[t].dim() == 3) tensors[t] = rows_contiguous(tensors[t]);
+    add_input(tensors[t], results[t], p.tensors[t]);
   }
-  const Pool threads = pool();
-  Scratch scratch(gather_topk_backward_scratch(p, threads.threads));
-  p.scratch = scratch.data();
-  check(tk::gather_topk_backward(p, threads), op, "index: allowed 0 … N−1");
+  place.run(
+      op, "index: allowed 0 … N−1",
+      [&](const auto& threads) {
+        Scratch scratch(gather_topk_backward_scratch(p, threads.threads));
+        p.scratch = scratch.data();
+        return tk::gather_topk_backward(p, threads);
+      },
+      [&](auto* stream) {
+        const Tensor scratch = place.scratch(gather_topk_backward_cuda_scratch(p));
+        p.scratch = scratch.data_ptr();
+        return gather_topk_backward_cuda(p, stream);
+      });
   return {results, scores_gradient};
 }
 
@@ -238,6 +263,9 @@ TK_LIBRARY(CPU, m) {
   TK_IMPL(m, gather_topk_backward);
 }
 
-TK_LIBRARY(CUDA, m) { TK_IMPL(m, gather_topk); }
+TK_LIBRARY(CUDA, m) {
+  TK_IMPL(m, gather_topk);
+  TK_IMPL(m, gather_topk_backward);
+}
 
 }  // namespace tk::bind
