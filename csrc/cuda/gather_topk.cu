@@ -208,7 +208,8 @@ TopkJob part_of(const TopkJob& whole, int64_t first, int64_t count, int64_t chos
 }
 
 const char* launch_all(TopkJob& job, void* stream) {
-  const bool one = job.counts == nullptr && job.chosen == nullptr && job.p.tokens <= kOneLaunch;
+  const GatherTopk& p = job.p;
+  const bool one = p.budgets != nullptr && p.fuse == Fuse::kNone && p.tokens <= kOneLaunch;
   return one ? launch_one(job, stream) : launch_two(job, stream);
 }
 
