@@ -113,8 +113,9 @@ Results on_cuda(const Place& place, const std::vector<Tensor>& tensors, std::opt
   p.scratch = scratch.data_ptr();
   Place::done("gather_topk", gather_topk_cuda(p, ragged, place.stream()));
   if (p.budgets != nullptr) return results;
-  const int64_t total = read_back(offsets, p.batch);
-  auto& [outputs, index, _] = results;
+  auto& [outputs, index, ends] = results;
+  const Tensor last = place.on_cpu(torch::stable::narrow(ends, 0, p.batch, 1));
+  const int64_t total = *static_cast<const int64_t*>(last.data_ptr());
   for (Tensor& output : outputs) output = torch::stable::narrow(output, 0, 0, total);
   const int64_t extra = p.prefix + (p.fuse != Fuse::kNone);
   index = torch::stable::narrow(index, 0, 0, total - p.batch * extra);

@@ -104,11 +104,4 @@ class Place {
   void* stream_ = nullptr;
 };
 
-// The one number of int64 `values` that the host has to know: waits for the stream.
-inline int64_t read_back(Tensor values, int64_t at) {
-  Tensor here = bind::empty({1}, ScalarType::Long);
-  torch::stable::copy_(here, torch::stable::narrow(values, 0, at, 1));
-  return *static_cast<const int64_t*>(here.data_ptr());
-}
-
 }  // namespace tk::bind
