@@ -60,7 +60,8 @@ inline Tensor empty(const int64_t* sizes, int64_t dims, ScalarType type,
   int64_t stride = 1;
   for (int64_t i = dims - 1; i >= 0; --i) {
     strides[i] = stride;
-    stride *= sizes[i] > 1 ? sizes[i] : 1;
+    const bool fits = !__builtin_mul_overflow(stride, sizes[i] > 1 ? sizes[i] : 1, &stride);
+    check(fits, "output", "sizes: allowed a product below 2^63");
   }
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
