@@ -70,5 +70,7 @@ struct AccumulateCodes {
 };
 Status accumulate_codes(const AccumulateCodes& params, const Pool& pool);
 int64_t accumulate_codes_scratch(const AccumulateCodes& params, int threads);
+const char* accumulate_codes_cuda(const AccumulateCodes& params, void* stream);
+int64_t accumulate_codes_cuda_scratch(const AccumulateCodes& params);
 
 }  // namespace tk
