@@ -291,10 +291,13 @@ struct MergeRuns {
   float* merged_size;  // padded: (B, P+N); else (total)
   int64_t* index;      // (B, P+N): the output row of each token; padded: the row within its image
   int64_t* offsets;    // (B+1): how many rows the images before b have
+  void* scratch;  // of the GPU alone
 };
 
 Status merge_runs(const MergeRuns& params, const Pool& pool);
 int64_t merge_runs_scratch(const MergeRuns& params, int threads);
+const char* merge_runs_cuda(const MergeRuns& params, void* stream);
+int64_t merge_runs_cuda_scratch(const MergeRuns& params);
 
 // merge_backward: the gradient of either merge. Every token takes its share, size / Σ size, of the
 // gradient of its output row.

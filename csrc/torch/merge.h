@@ -19,6 +19,12 @@ inline void set_size(const std::optional<Tensor>& size, int64_t batch, int64_t l
   p.size_token_stride = size->stride(1);
 }
 
+// The last of some numbers, for which a call on a GPU waits.
+inline int64_t last_of(const Place& place, Tensor& numbers) {
+  const Tensor last = place.on_cpu(torch::stable::narrow(numbers, 0, numbers.size(0) - 1, 1));
+  return *static_cast<const int64_t*>(last.data_ptr());
+}
+
 // The first `rows` of a buffer.
 inline Tensor head(Tensor& buffer, int64_t rows) {
   return rows == buffer.size(0) ? buffer : torch::stable::narrow(buffer, 0, 0, rows);
