@@ -273,6 +273,8 @@ struct MergeAdjacent {
 // kBadValue: a count outside [0, windows].
 Status merge_adjacent(const MergeAdjacent& params, const Pool& pool);
 int64_t merge_adjacent_scratch(const MergeAdjacent& params, int threads);
+const char* merge_adjacent_cuda(const MergeAdjacent& params, void* stream);
+int64_t merge_adjacent_cuda_scratch(const MergeAdjacent& params);
 
 // merge_runs: a token joins the run of its predecessor where their cosine is at least the threshold
 // and the run holds fewer than `max_run` tokens; every run becomes its size-weighted mean. The P

@@ -66,6 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_adjacent(
     std::optional<double> threshold, std::optional<std::vector<int64_t>> counts, bool dense,
     std::optional<Tensor> size, int64_t prefix, bool by_similarity) {
   const char* op = "merge_adjacent";
+  const Place place(x);
   x = rows_contiguous(x);
   MergeAdjacent p = params_of(x, grid, window, prefix);
   const int64_t length = x.size(1), saved = product(p.window) - 1;
@@ -81,22 +82,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_adjacent(
     for (int64_t b = 0; b < p.batch; ++b) rows -= p.counts[b * p.counts_stride] * saved;
   }
   const bool flat = !dense || !counts;
-  Tensor tokens = flat ? empty({rows, p.channels}, x.scalar_type())
-                       : empty({p.batch, each, p.channels}, x.scalar_type());
-  Tensor sizes =
-      flat ? empty({rows}, ScalarType::Float) : empty({p.batch, each}, ScalarType::Float);
-  Tensor index = empty({p.batch, length}, ScalarType::Long);
-  Tensor offsets = empty({p.batch + 1}, ScalarType::Long);
+  Tensor tokens = flat ? place.empty({rows, p.channels}, x.scalar_type())
+                       : place.empty({p.batch, each, p.channels}, x.scalar_type());
+  Tensor sizes = flat ? place.empty({rows}, ScalarType::Float)
+                      : place.empty({p.batch, each}, ScalarType::Float);
+  Tensor index = place.empty({p.batch, length}, ScalarType::Long);
+  Tensor offsets = place.empty({p.batch + 1}, ScalarType::Long);
   p.tokens = tokens.data_ptr();
   p.merged_size = static_cast<float*>(sizes.data_ptr());
   p.index = static_cast<int64_t*>(index.data_ptr());
   p.offsets = static_cast<int64_t*>(offsets.data_ptr());
-  const Pool threads = pool();
-  Scratch scratch(merge_adjacent_scratch(p, threads.threads));
-  p.scratch = scratch.data();
-  check(tk::merge_adjacent(p, threads), op, "num_windows: allowed 0 … windows");
-  if (!flat) return {tokens, sizes, index, offsets};
-  rows = p.offsets[p.batch];
+  place.run(
+      op, "num_windows: allowed 0 … windows",
+      [&](const auto& threads) {
+        Scratch scratch(merge_adjacent_scratch(p, threads.threads));
+        p.scratch = scratch.data();
+        return tk::merge_adjacent(p, threads);
+      },
+      [&](auto* stream) {
+        const Tensor scratch = place.scratch(merge_adjacent_cuda_scratch(p));
+        p.scratch = scratch.data_ptr();
+        return merge_adjacent_cuda(p, stream);
+      });
+  if (counts) return {tokens, sizes, index, offsets};
+  rows = last_of(place, offsets);
   tokens = head(tokens, rows);
   sizes = head(sizes, rows);
   if (!dense) return {tokens, sizes, index, offsets};
@@ -150,6 +159,9 @@ TK_LIBRARY(CPU, m) {
   TK_IMPL(m, merge_backward);
 }
 
-TK_LIBRARY(CUDA, m) { TK_IMPL(m, merge_backward); }
+TK_LIBRARY(CUDA, m) {
+  TK_IMPL(m, merge_adjacent);
+  TK_IMPL(m, merge_backward);
+}
 
 }  // namespace tk::bind
