@@ -293,7 +293,7 @@ struct MergeRuns {
   float* merged_size;  // padded: (B, P+N); else (total)
   int64_t* index;      // (B, P+N): the output row of each token; padded: the row within its image
   int64_t* offsets;    // (B+1): how many rows the images before b have
-  void* scratch;  // of the GPU alone
+  void* scratch;       // of the GPU alone
 };
 
 Status merge_runs(const MergeRuns& params, const Pool& pool);
