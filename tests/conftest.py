@@ -43,7 +43,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--triton",
         choices=("short", "all"),
         default="all" if torch.cuda.is_available() else "short",
-        help="short: of Triton, interpreted, what is computed in every dtype, and gradients",
+        help="short: of Triton, interpreted, what is computed in every dtype, gradients, and one "
+        "case of each op for all else",
     )
     parser.addoption(
         "--cuda-on-host",
@@ -64,18 +65,29 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wanted, short = config.getoption("--op"), config.getoption("--triton") == "short"
+    tried: dict[tuple[str, str], str] = {}
     items[:] = [
         item
         for item in items
         if not (wanted and _parameter(item, "op", wanted) != wanted)
-        and not (short and _parameter(item, "backend", "") == "triton" and _is_long(item))
+        and not (short and _parameter(item, "backend", "") == "triton" and _is_long(item, tried))
         and not (cuda_on_host.loaded and _parameter(item, "op", "") not in cuda_on_host.loaded)
     ]
 
 
-def _is_long(item: pytest.Item) -> bool:
-    """The interpreter takes a hundred times as long as a GPU."""
-    return not item.name.startswith(("test_truth", "test_gradient[", "test_errors"))
+def _is_long(item: pytest.Item, tried: dict[tuple[str, str], str]) -> bool:
+    """The interpreter takes a hundred times as long as a GPU: beyond values, gradients and errors
+    the first case of a public op shows a property, in one dtype; of others, which are the gradients
+    of those, only registration is tried. Threads do not concern it.
+    """
+    name = item.name.partition("[")[0]
+    if name.startswith(("test_truth", "test_errors")) or name == "test_gradient":
+        return False
+    op = item.callspec.params["op"]  # type: ignore[attr-defined]
+    if name.startswith("test_threads") or (op.function is None and name != "test_registration"):
+        return True
+    shown = _parameter(item, "case", "") + _parameter(item, "dtype", "")
+    return tried.setdefault((name, op.name), shown) != shown
 
 
 def _parameter(item: pytest.Item, name: str, default: str) -> str:
