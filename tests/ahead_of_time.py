@@ -70,6 +70,7 @@ class Dry:
     def __init__(self, device: str, capability: int) -> None:
         self.device, self.capability = device, capability
         self.launches: list[_launch.Launch] = []
+        self.choices: dict[_launch.Table, _launch.Config] = {}
         self.copies: list[str] = []
         self.syncs = 0
 
@@ -87,6 +88,7 @@ class Dry:
         with _launch.recording(False, self.capability) as record, _Copies() as copies:
             result = op._triton(*args)
         self.launches += record.launches
+        self.choices |= record.choices
         self.syncs += record.syncs
         self.copies += copies.names
         return result

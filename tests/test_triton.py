@@ -12,14 +12,17 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from trial import DEVICE, arguments, every_case
 
 from tokenkernels import triton as room
-from tokenkernels._op import Case, Op
+from tokenkernels._op import OPS, Case, Op
 
 pytest.importorskip("triton")
-from ahead_of_time import launches
+from ahead_of_time import Shapes, launches, only_values_tell
 
+from bench.contenders import Cell
+from bench.gpu import tune
 from tokenkernels.triton import _launch
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +60,37 @@ def test_a_table_has_an_answer_to_every_call(name: str, capability: int) -> None
             first = table.choose(size, width, capability)
             assert first == table.choose(size, width, capability)
             assert first.warps in (1, 2, 4, 8, 16) and all(b > 0 for b in first.blocks.values())
+
+
+timed_cases = [(op, case) for op in OPS.values() for case in op.cases if "bench" in case.tags]
+
+
+@pytest.mark.parametrize("op", dict.fromkeys(op for op, _ in timed_cases), ids=lambda op: op.name)
+def test_a_sweep_finds_the_tables_that_decide_for_an_op(op: Op) -> None:
+    """Forward, and backward where there is a gradient; where only values tell what is launched, of
+    the small cases.
+    """
+    case = next(case for case in op.cases if "bench" in case.tags)
+    kwargs = case.make(Shapes(case.id, case.dtypes[0]))
+    try:
+        found = [dry.choices for dry in launches(op, kwargs, "meta", 90)]
+    except RuntimeError as error:
+        assert only_values_tell(error)
+        found = [dry.choices for dry in launches(op, arguments(op, op.cases[0]), DEVICE, 90)]
+    assert found[0] and (found[1] or not op.differentiable)
+    for choices in found:
+        assert len(set(tune.named(choices).values())) == len(choices)
+        for table, chosen in choices.items():
+            assert len(list(tune.shapes(table, chosen))) > 2
+
+
+def test_a_sweep_times_every_shape_that_gives_the_right_results() -> None:
+    if DEVICE != "cpu":
+        pytest.skip("sweeps the interpreter")
+    op = min((op for op, _ in timed_cases), key=lambda op: len(op.cases))
+    lines = tune.sweep_cell(Cell(op, op.cases[0], torch.float32), 0.01)
+    assert lines and all(float(us) > 0 for *_, us, _ in lines)
+    assert {name for _, name, *_, mark in lines if mark} == {name for _, name, *_ in lines}
 
 
 def test_every_kernel_compiles_ahead_of_time_without_spills() -> None:

@@ -56,7 +56,7 @@ class Entry:
     capability: int = 80
 
 
-@dataclass
+@dataclass(eq=False)
 class Table:
     """The block shapes of one kernel, and the reason in a line: the first entry that admits a call
     decides.
@@ -73,6 +73,8 @@ class Table:
         """A pure function of shape, dtype and architecture."""
         for e in self.entries:
             if element_size in e.bytes and width <= e.width and capability >= e.capability:
+                if _record is not None:
+                    _record.choices.setdefault(self, e.config)
                 return replace(self.forced or e.config, reason=self.reason)
         raise ValueError(f"no entry for {element_size} bytes, width {width}, sm_{capability}")
 
@@ -125,6 +127,8 @@ class Record:
     """What took place inside `recording`."""
 
     launches: list[Launch] = field(default_factory=list)
+    choices: dict[Table, Config] = field(default_factory=dict)
+    """Every table that was asked, and what it first answered."""
     syncs: int = 0
 
 
