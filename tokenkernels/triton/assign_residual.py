@@ -41,6 +41,8 @@ WIDE_TABLE = Table(
 )
 PROGRAMS = 264
 """Two for each multiprocessor of an H200."""
+SCRATCH = 32_000_000
+"""Bytes that their buffers may take where results are smaller."""
 
 
 @Kernel
@@ -156,12 +158,13 @@ def assign_residual(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
             config=config, **packed.constants,
         )  # fmt: skip
         return index, residual
-    programs = min(programs, PROGRAMS)
-    shape = (programs, config.blocks["ROWS"], packed.centre.shape[1])
+    buffer = config.blocks["ROWS"] * packed.centre.shape[1]
+    most = max(SCRATCH, index.nbytes + residual.nbytes) // (4 * buffer)
+    programs = max(1, min(programs, PROGRAMS, most))
     launch(
         chain_wide, (programs,),
         rows.x, codebooks, packed.codes, packed.terms, packed.centre, packed.bounds,
-        torch.empty(shape, dtype=torch.float32, device=x.device), index, residual, *sizes,
-        config=config, **packed.constants,
+        torch.empty((programs, buffer), dtype=torch.float32, device=x.device), index, residual,
+        *sizes, config=config, **packed.constants,
     )  # fmt: skip
     return index, residual
