@@ -20,6 +20,7 @@ WORDS = 300
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", help="FILE: a line of JSON per test; those in it are left out")
     parser.addoption("--share", default="1/1", help="of the cases of an op every n-th, from i on")
+    parser.addoption("--without-general", action="store_true", help="only tests that have an op")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,10 +33,12 @@ class Recorder:
     def __init__(self, config: pytest.Config) -> None:
         self.path = Path(config.getoption("record"))
         self.share, self.shares = map(int, config.getoption("share").split("/"))
+        self.general = not config.getoption("without_general")
         self.known = {test["id"] for test in read(self.path)}
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = [i for i in items if self.general or "op" in _parameters(i)]
         cases: dict[Any, int] = {}
         for item in items:
             cases.setdefault(_case(item), len(cases))
@@ -74,8 +77,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _case(item: pytest.Item) -> Any:
-    case = getattr(getattr(item, "callspec", None), "params", {}).get("case")
-    return getattr(case, "id", None)
+    return getattr(_parameters(item).get("case"), "id", None)
+
+
+def _parameters(item: pytest.Item) -> dict[str, Any]:
+    return getattr(getattr(item, "callspec", None), "params", {})
 
 
 def _problem(report: pytest.TestReport) -> str:

@@ -26,12 +26,14 @@ from tokenkernels._op import OPS
 ROOT = Path(__file__).parents[2]
 OPS_FILE, VALUES = "tests/test_ops.py", "test_truth or test_gradient or test_errors"
 PARTS: dict[str, tuple[list[str], str, int]] = {
-    "values": ([OPS_FILE], VALUES, 6),
-    "graphs": (["tests/test_on_gpu.py"], "", 12),
+    "values": ([OPS_FILE], VALUES, 12),
+    "graphs": (["tests/test_on_gpu.py"], "", 24),
     "properties": ([OPS_FILE], f"not ({VALUES})", 10),
-    "torch": (["tests/test_ops_torch.py", "tests/test_triton.py"], "not ahead_of_time", 8),
+    "torch": (["tests/test_ops_torch.py", "tests/test_triton.py"], "not ahead_of_time", 16),
 }
-"""Files, which of their tests, and how many cases a process takes; in order of worth."""
+"""Files, which of their tests, and how many cases a process takes, whose start takes seconds; in
+order of worth.
+"""
 DRY_WORDS = "test_truth and triton and fp32"
 HUNG = 90.0
 """Seconds after which a test is taken for hung; it may compile ten kernels beside others."""
@@ -45,6 +47,8 @@ class Process:
     part: str
     share: str
     folder: Path
+    first: bool = True
+    """Whether it also tries what concerns no op, where that falls to its share."""
     running: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     known: int = -1
@@ -63,6 +67,7 @@ class Process:
         command = [sys.executable, "-m", "pytest", *files, "-q", "--op", self.op, "--triton", "all"]
         command += ["-p", "bench.gpu.recorder", "--record", str(self.record), "--share", self.share]
         command += ["-p", "no:cacheprovider", "-k", DRY_WORDS if dry else words]
+        command += ["--without-general"] * (not self.first)
         with open(self.record.with_suffix(".log"), "wb") as log:
             self.running = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         self.started, self.known = time.time(), len(recorder.read(self.record))
@@ -149,10 +154,13 @@ def processes(folder: Path) -> list[Process]:
     ops.load()
     found = []
     for part, (_, _, most) in PARTS.items():
-        for op in OPS.values():
+        for number, op in enumerate(OPS.values()):
             cases = sum("test" in case.tags for case in op.cases)
             shares = max(1, -(-cases // most))
-            found += [Process(op.name, part, f"{n + 1}/{shares}", folder) for n in range(shares)]
+            found += [
+                Process(op.name, part, f"{n + 1}/{shares}", folder, number == 0)
+                for n in range(shares)
+            ]
     return found
 
 
