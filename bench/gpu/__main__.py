@@ -94,6 +94,9 @@ def _environment(dry: bool) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in paths if path)),
         "PYTHONUNBUFFERED": "1",
         "TRITON_DEFAULT_FP_FUSION": "1",
+        # Graphs and the profiler serve one process: CUPTI stays as it was when it was first asked.
+        "TEARDOWN_CUPTI": "0",
+        "DISABLE_CUPTI_LAZY_REINIT": "1",
     }
     if dry:
         return environment | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
