@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import pytest
 import torch
 
 import tokenkernels.ops
@@ -218,7 +217,6 @@ class Clock:
 
 
 CLOCK = Clock()
-MEETINGS = [(cell, name) for cell in cells() for name in names(cell)]
 
 
 @functools.lru_cache(maxsize=1)
@@ -232,13 +230,22 @@ def measured_roof() -> dict[str, Any]:
     return roofline.measure()
 
 
-@pytest.mark.benchmark(timer=CLOCK.read)
-@pytest.mark.parametrize(
-    ("cell", "name"),
-    MEETINGS,
-    ids=[f"{cell}-{name}".replace(" · ", "-") for cell, name in MEETINGS],
-)
+def pytest_generate_tests(metafunc: Any) -> None:
+    """A test for each contender of each cell. Only here is pytest at hand."""
+    import pytest
+
+    clocked = pytest.mark.benchmark(timer=CLOCK.read)
+    meetings = [
+        pytest.param(cell, name, marks=clocked, id=f"{cell}-{name}".replace(" · ", "-"))
+        for cell in cells()
+        for name in names(cell)
+    ]
+    metafunc.parametrize(("cell", "name"), meetings)
+
+
 def test_speed(benchmark: Any, cell: Cell, name: str) -> None:
+    import pytest
+
     row = measured(cell).get(name)
     if row is None or row.left_out:
         pytest.skip(row.left_out if row else "peers stand in its place")
