@@ -81,14 +81,17 @@ def measure(cell: Cell, roof: dict[str, Any], seconds: float, compiled: bool) ->
 
 def _limit(roof: dict[str, Any], moved: float, written: float, flops: float, dtype: str) -> float:
     """Milliseconds that bytes or arithmetic need at least, by what was measured on this GPU; 0
-    where nothing was.
+    where nothing was. Arithmetic in float32 counts at the fastest of what kernels do: FMA, or on
+    tensor cores three products of its 16-bit parts for one.
     """
     if not roof:
         return 0.0
     copied = min(moved, 2 * min(written, moved))
     memory = roofs.seconds_at(roof, "copy", copied) if copied else 0.0
     memory += roofs.seconds_at(roof, "read", moved - copied) if moved > copied else 0.0
-    rate = roof["gemm"].get(dtype, roof["gemm"]["float32"])
+    rates = roof["gemm"]
+    wide = max(rates["float32"], rates["bfloat16"] / 3)
+    rate = wide if dtype == "float32" else rates.get(dtype, wide)
     return 1e3 * max(memory, flops / rate)
 
 

@@ -97,7 +97,8 @@ def ops(cells: list[store.Cell]) -> list[Table]:
                         number(row["times_fastest_peer"]),
                     ]
                 )
-    return [Table("Ops", columns, lines)]
+    title = "Ops; limits of float32 by FMA or three products of 16-bit parts, whichever is faster"
+    return [Table(title, columns, lines)]
 
 
 def models(cells: list[store.Cell]) -> list[Table]:
