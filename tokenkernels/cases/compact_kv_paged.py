@@ -83,6 +83,15 @@ def _after_another(t: Make) -> dict[str, Any]:
     return call | {"index": ragged(t, [19, 8, 13], 14, (2, 3)), "lengths": lengths}
 
 
+def _many_heads(t: Make) -> dict[str, Any]:
+    """More index rows than are looked at together; one of the last alone decides what is free."""
+    index = torch.full((1, 130, 5), -1, device=t.device)
+    index[..., :2] = torch.arange(1, 3, device=t.device)
+    index[:, -1] = torch.arange(1, 6, device=t.device)
+    call = _paged(t, [7], 1, heads=(130,), channels=2)
+    return call | {"pool": [call["pool"][0][:1]], "index": index}
+
+
 def _with_scales(t: Make) -> dict[str, Any]:
     call = _paged(t, [18, 25], 16)
     shape = (*call["pool"][0][0].shape[:3], 40)
@@ -144,6 +153,7 @@ _SMALL: dict[str, tuple[Any, tuple[str, ...]]] = {
     "per-head-int32": (_per_head, _BOTH),
     "per-layer": (_per_layer, _BOTH),
     "after-another": (_after_another, _BOTH),
+    "many-heads": (_many_heads, ("stable",)),
     "int8-scales": (_with_scales, ("stable",)),
     "heads-first": (_heads_first, _BOTH),
     "common-prefix": (_common_prefix, ("stable",)),

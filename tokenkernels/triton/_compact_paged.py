@@ -33,7 +33,7 @@ def longest_kept(
         here = head < heads
         count = tl.load(record + 2, here, 0).to(tl.int32)
         row, stride = entries_of(table_ptr + index, number, here, image, head, INDEX)
-        step, found = longest + 1, lane * 0
+        step, found = image * 0 + 1, lane * 0
         while step * 2 <= tl.max(count, 0):
             step *= 2
         while step > 0:
