@@ -98,7 +98,9 @@ def compact_kv_paged(
         ValueError: Shapes that do not fit; on the CPU also index values that are out of range, not
             ascending or twice there, lengths outside 0 … max_blocks · block_size, blocks in use
             that the pool does not have, blocks written that stand in the table twice, positions
-            beyond 32 bits. On a GPU such an entry is skipped.
+            beyond 32 bits. On a GPU, where nobody looks, an index value or a block that is out of
+            range is skipped; of a block written that stands in the table twice it is undefined
+            which rows it then holds.
         TypeError: Integers that are neither int64 nor int32; with `rope`, keys of another dtype
             (float64 only with backend="reference").
 
