@@ -211,16 +211,17 @@ bad_entries = [(op, number) for op in OPS.values() for number in range(len(op.re
 @pytest.mark.parametrize(
     ("op", "number"), bad_entries, ids=[f"{op.name}-{n}" for op, n in bad_entries]
 )
-@pytest.mark.parametrize("backend", [None, "reference", "native"])
+@pytest.mark.parametrize("backend", [None, "reference", "native", "triton"])
 def test_errors(op: Op, number: int, backend: str | None) -> None:
     change, error, pattern = op.refused[number]
     kwargs = arguments(op, op.cases[0])
-    if DEVICE == "cuda" and backend != "reference" and number >= len(op.bad):
+    on_gpu = backend == "triton" or (DEVICE == "cuda" and backend != "reference")
+    if on_gpu and number >= len(op.bad):
         pytest.skip("looking at values would wait for the GPU")
     if backend == "reference" and "reference" in pattern:
         pytest.skip("the reference takes this one")
-    if backend == "native" and op.why_not("native", DEVICE):
-        pytest.skip(op.why_not("native", DEVICE))
+    if backend in ("native", "triton") and (reason := op.why_not(backend, DEVICE)):
+        pytest.skip(reason)
     with pytest.raises(error, match=pattern):
         op.run(kwargs | change(kwargs), backend)
 
