@@ -213,6 +213,17 @@ def _first_index(kwargs: dict[str, Any], value: int) -> dict[str, Any]:
     return {"index": index}
 
 
+def _last_entry(value: int) -> Any:
+    """The last row of the index, which is full, with another last entry."""
+
+    def changed(kwargs: dict[str, Any]) -> dict[str, Any]:
+        index = kwargs["index"].clone()
+        index[-1, -1] = value
+        return {"index": index}
+
+    return changed
+
+
 def _block(kwargs: dict[str, Any], value: int) -> dict[str, Any]:
     """Another first block of the last sequence."""
     table = kwargs["block_table"].clone()
@@ -316,6 +327,8 @@ BAD_VALUES = [
     BadValues(lambda kw: _first_index(kw, -1), _BAD_INDEX),
     BadValues(lambda kw: _first_index(kw, -7), _BAD_INDEX),
     BadValues(lambda kw: _first_index(kw, 2**40), _BAD_INDEX),
+    BadValues(_last_entry(-7), _BAD_INDEX, _last_entry(-1)),
+    BadValues(_last_entry(2**40), _BAD_INDEX, _last_entry(-1)),
     BadValues(lambda kw: {"index": kw["index"].flip(-1)}, _BAD_INDEX),
     BadValues(lambda kw: {"lengths": kw["lengths"] - 12}, _BAD_INDEX),
     BadValues(lambda kw: {"lengths": kw["lengths"] + 12}, _BAD_LENGTHS),
@@ -328,6 +341,7 @@ BAD_VALUES = [
     BadValues(
         lambda kw: _ropes(kw, 8, kw["index"], kw["index"] + 2**31),
         "compact_kv_paged: rope: allowed positions of 32 bits",
+        lambda kw: _ropes(kw, 8, kw["index"] - 2**30, kw["index"] + 2**30),
     ),
 ]
 
