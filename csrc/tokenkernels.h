@@ -367,6 +367,9 @@ struct CompactKv {
 
 Status compact_kv(const CompactKv& params, const Pool& pool);
 int64_t compact_kv_scratch(const CompactKv& params, int threads);
+// On a GPU nobody looks at values first: entries that are not good move nothing, `complaint` is not
+// read. One launch for up to 128 layers, as far as 32 KB describe them.
+const char* compact_kv_cuda(const CompactKv& params, void* stream);
 
 // compact_kv_paged: the same in place, where position t of sample b is row t % block_size of block
 // table[b, t / block_size]. Tells also which blocks a sample no longer needs.
@@ -383,5 +386,7 @@ struct CompactKvPaged {
 // `to` and its strides are not read.
 Status compact_kv_paged(const CompactKvPaged& params, const Pool& pool);
 int64_t compact_kv_paged_scratch(const CompactKvPaged& params, int threads);
+const char* compact_kv_paged_cuda(const CompactKvPaged& params, void* stream);
+int64_t compact_kv_paged_cuda_scratch(const CompactKvPaged& params);
 
 }  // namespace tk

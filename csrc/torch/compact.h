@@ -2,7 +2,7 @@
 // and everything one call holds.
 #pragma once
 
-#include "torch/bind.h"
+#include "torch/place.h"
 
 namespace tk::bind {
 
@@ -106,25 +106,26 @@ inline void check_index(const Call& call) {
   }
 }
 
-inline Tensor empty_like_index(const Tensor& index, int64_t dims) {
-  if (dims == 0) return empty({}, ScalarType::Long);
-  if (dims == 1) return empty({index.size(0)}, ScalarType::Long);
-  if (dims == 2) return empty({index.size(0), index.size(1)}, ScalarType::Long);
-  return empty({index.size(0), index.size(1), index.size(2)}, ScalarType::Long);
+inline Tensor empty_like_index(const Place& place, const Tensor& index, int64_t dims) {
+  if (dims == 0) return place.empty({}, ScalarType::Long);
+  if (dims == 1) return place.empty({index.size(0)}, ScalarType::Long);
+  if (dims == 2) return place.empty({index.size(0), index.size(1)}, ScalarType::Long);
+  return place.empty({index.size(0), index.size(1), index.size(2)}, ScalarType::Long);
 }
 
 // Lengths and positions of all index rows: of one index in its own shape, of several packed.
-inline std::tuple<Tensor, Tensor> index_outputs(const Tensors& index, Call& call) {
+inline std::tuple<Tensor, Tensor> index_outputs(const Place& place, const Tensors& index,
+                                                Call& call) {
   int64_t rows = 0, entries = 0;
   for (const CompactKv::Index& one : call.indices) {
     rows += one.kept.batch * one.kept.heads;
     entries += one.kept.batch * one.kept.heads * one.kept.count;
   }
   const bool one_shape = index.size() == 1;
-  Tensor lengths =
-      one_shape ? empty_like_index(index[0], index[0].dim() - 1) : empty({rows}, ScalarType::Long);
-  Tensor positions =
-      one_shape ? empty_like_index(index[0], index[0].dim()) : empty({entries}, ScalarType::Long);
+  Tensor lengths = one_shape ? empty_like_index(place, index[0], index[0].dim() - 1)
+                             : place.empty({rows}, ScalarType::Long);
+  Tensor positions = one_shape ? empty_like_index(place, index[0], index[0].dim())
+                               : place.empty({entries}, ScalarType::Long);
   auto* length = static_cast<int64_t*>(lengths.data_ptr());
   auto* position = static_cast<int64_t*>(positions.data_ptr());
   for (CompactKv::Index& one : call.indices) {

@@ -1,4 +1,4 @@
-// compact_kv and its in-place form for torch tensors on the CPU.
+// compact_kv and its in-place form for torch tensors.
 #include "torch/compact.h"
 
 namespace tk::bind {
@@ -23,7 +23,7 @@ void set_layers(const Tensors& tensors, int64_t per_layer, Call& call) {
   call.p.per_layer = per_layer;
 }
 
-void set_tensors(Tensors& tensors, Call& call, Tensors& outputs) {
+void set_tensors(const Place& place, Tensors& tensors, Call& call, Tensors& outputs) {
   for (size_t t = 0; t < tensors.size(); ++t) {
     const Tensor& from = tensors[t];
     const auto layer = t / static_cast<size_t>(call.p.per_layer);
@@ -32,7 +32,7 @@ void set_tensors(Tensors& tensors, Call& call, Tensors& outputs) {
       check(count <= from.size(2), kOp, "index: allowed at most T entries in place");
     } else {
       outputs.push_back(
-          empty({from.size(0), from.size(1), count, from.size(3)}, from.scalar_type()));
+          place.empty({from.size(0), from.size(1), count, from.size(3)}, from.scalar_type()));
     }
     const Tensor& to = call.p.in_place ? from : outputs.back();
     const auto bytes = static_cast<int64_t>(from.element_size());
@@ -42,12 +42,19 @@ void set_tensors(Tensors& tensors, Call& call, Tensors& outputs) {
   }
 }
 
-void run(Call& call) {
+void run(const Place& place, Call& call) {
   set_pointers(call);
+  const char* op = call.p.in_place ? "compact_kv_" : kOp;
   const char* complaint = "";
   call.p.complaint = &complaint;
-  const Status status = compact_kv(call.p, pool());
-  if (status != Status::kOk) check(status, call.p.in_place ? "compact_kv_" : kOp, complaint);
+  place.run(
+      op, "",
+      [&](const auto& threads) {
+        const Status status = tk::compact_kv(call.p, threads);
+        if (status != Status::kOk) check(status, op, complaint);
+        return status;
+      },
+      [&](auto* stream) { return compact_kv_cuda(call.p, stream); });
 }
 
 std::tuple<Tensors, Tensor, Tensor> compact(Tensors& tensors, const Tensors& index,
@@ -55,6 +62,8 @@ std::tuple<Tensors, Tensor, Tensor> compact(Tensors& tensors, const Tensors& ind
                                             const std::optional<Tensor>& inv_freq,
                                             const Tensors& old_positions,
                                             const Tensors& new_positions, bool in_place) {
+  check(!tensors.empty(), kOp, "layers: allowed tuples of one length");
+  const Place place(tensors[0]);
   Call call;
   call.op = kOp;
   Tensors outputs;
@@ -68,16 +77,16 @@ std::tuple<Tensors, Tensor, Tensor> compact(Tensors& tensors, const Tensors& ind
   call.new_positions = rows_of(new_positions, true, kOp, "rope");
   set_rope(tensors, inv_freq, call);
   check_index(call);
-  set_tensors(tensors, call, outputs);
-  auto [new_lengths, positions] = index_outputs(index, call);
-  run(call);
+  set_tensors(place, tensors, call, outputs);
+  auto [new_lengths, positions] = index_outputs(place, index, call);
+  run(place, call);
   return {std::move(outputs), new_lengths, positions};
 }
 
-std::tuple<Tensors, Tensor, Tensor> compact_kv_cpu(Tensors tensors, Tensors index, Tensors lengths,
-                                                   int64_t per_layer, bool fill,
-                                                   std::optional<Tensor> inv_freq,
-                                                   Tensors old_positions, Tensors new_positions) {
+std::tuple<Tensors, Tensor, Tensor> compact_kv(Tensors tensors, Tensors index, Tensors lengths,
+                                               int64_t per_layer, bool fill,
+                                               std::optional<Tensor> inv_freq,
+                                               Tensors old_positions, Tensors new_positions) {
   for (Tensor& tensor : tensors) {
     if (tensor.dim() == 4) tensor = rows_contiguous(tensor);
   }
@@ -85,10 +94,9 @@ std::tuple<Tensors, Tensor, Tensor> compact_kv_cpu(Tensors tensors, Tensors inde
                  false);
 }
 
-std::tuple<Tensor, Tensor> compact_kv_in_place_cpu(Tensors tensors, Tensors index, Tensors lengths,
-                                                   int64_t per_layer, bool fill,
-                                                   std::optional<Tensor> inv_freq,
-                                                   Tensors old_positions, Tensors new_positions) {
+std::tuple<Tensor, Tensor> compact_kv_(Tensors tensors, Tensors index, Tensors lengths,
+                                       int64_t per_layer, bool fill, std::optional<Tensor> inv_freq,
+                                       Tensors old_positions, Tensors new_positions) {
   for (const Tensor& tensor : tensors) {
     check(tensor.dim() == 4 && (tensor.stride(3) == 1 || tensor.size(3) <= 1), "compact_kv_",
           "layers: allowed (B, G, T, D) with a contiguous last dimension in place");
@@ -100,9 +108,14 @@ std::tuple<Tensor, Tensor> compact_kv_in_place_cpu(Tensors tensors, Tensors inde
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tokenkernels, CPU, m) {
-  m.impl("compact_kv", TORCH_BOX(&compact_kv_cpu));
-  m.impl("compact_kv_", TORCH_BOX(&compact_kv_in_place_cpu));
+TK_LIBRARY(CPU, m) {
+  TK_IMPL(m, compact_kv);
+  TK_IMPL(m, compact_kv_);
+}
+
+TK_LIBRARY(CUDA, m) {
+  TK_IMPL(m, compact_kv);
+  TK_IMPL(m, compact_kv_);
 }
 
 }  // namespace tk::bind

@@ -1,4 +1,4 @@
-// compact_kv_paged for torch tensors on the CPU.
+// compact_kv_paged for torch tensors.
 #include "torch/compact.h"
 
 namespace tk::bind {
@@ -40,9 +40,12 @@ void set_pool(const Tensors& pool, int64_t per_layer, CompactKvPaged& p, Call& c
   check(p.max_blocks <= INT64_MAX / 2 / p.block_size, kOp, "block_table: allowed fewer blocks");
 }
 
-std::tuple<Tensor, Tensor, Tensor> compact_kv_paged_cpu(
-    Tensors pool_tensors, Tensor table, Tensors index, Tensors lengths, int64_t per_layer,
-    bool fill, std::optional<Tensor> inv_freq, Tensors old_positions, Tensors new_positions) {
+std::tuple<Tensor, Tensor, Tensor> compact_kv_paged(Tensors pool_tensors, Tensor table,
+                                                    Tensors index, Tensors lengths,
+                                                    int64_t per_layer, bool fill,
+                                                    std::optional<Tensor> inv_freq,
+                                                    Tensors old_positions, Tensors new_positions) {
+  const Place place(table);
   Call call;
   CompactKvPaged p{};
   call.op = kOp;
@@ -63,25 +66,33 @@ std::tuple<Tensor, Tensor, Tensor> compact_kv_paged_cpu(
   check_count(call.lengths.size(), call.layers.size(), false, kOp, "lengths");
   set_rope(pool_tensors, inv_freq, call);
   check_index(call);
-  auto [new_lengths, positions] = index_outputs(index, call);
-  Tensor freed = empty({call.p.batch, p.max_blocks}, ScalarType::Long);
+  auto [new_lengths, positions] = index_outputs(place, index, call);
+  Tensor freed = place.empty({call.p.batch, p.max_blocks}, ScalarType::Long);
   set_pointers(call);
   const char* complaint = "";
   call.p.complaint = &complaint;
   p.cache = call.p;
   p.freed = static_cast<int64_t*>(freed.data_ptr());
-  const Pool threads = pool();
-  Scratch scratch(compact_kv_paged_scratch(p, threads.threads));
-  p.scratch = scratch.data();
-  const Status status = compact_kv_paged(p, threads);
-  if (status != Status::kOk) check(status, kOp, complaint);
+  place.run(
+      kOp, "",
+      [&](const auto& threads) {
+        Scratch scratch(compact_kv_paged_scratch(p, threads.threads));
+        p.scratch = scratch.data();
+        const Status status = tk::compact_kv_paged(p, threads);
+        if (status != Status::kOk) check(status, kOp, complaint);
+        return status;
+      },
+      [&](auto* stream) {
+        Tensor scratch = place.scratch(compact_kv_paged_cuda_scratch(p));
+        p.scratch = scratch.data_ptr();
+        return compact_kv_paged_cuda(p, stream);
+      });
   return {new_lengths, positions, freed};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tokenkernels, CPU, m) {
-  m.impl("compact_kv_paged", TORCH_BOX(&compact_kv_paged_cpu));
-}
+TK_LIBRARY(CPU, m) { TK_IMPL(m, compact_kv_paged); }
+TK_LIBRARY(CUDA, m) { TK_IMPL(m, compact_kv_paged); }
 
 }  // namespace tk::bind
