@@ -127,7 +127,7 @@ Results gather_topk(std::vector<Tensor> tensors, Tensor scores, std::optional<Te
                     int64_t prefix, std::string order, std::string fuse) {
   check(tensors.size() <= GatherTopk::kMaxTensors, "gather_topk", "x: allowed at most 16 tensors");
   check(scores.dim() == 2, "gather_topk", "scores: allowed (B, N)");
-  check(prefix >= 0, "gather_topk", "prefix: allowed 0 …");
+  check(prefix >= 0 && prefix >> 31 == 0, "gather_topk", "prefix: allowed 0 … 2^31−1");
   const Place place(scores);
   GatherTopk p{};
   set_scores(scores, p);
@@ -218,7 +218,7 @@ std::tuple<std::vector<Tensor>, Tensor> gather_topk_backward(std::vector<Tensor>
       gradients.size() <= GatherTopk::kMaxTensors && (!fused || gradients.size() == tensors.size()),
       op, "gradients: one per tensor, at most 16");
   check(scores.dim() == 2, op, "scores: allowed (B, N)");
-  check(prefix >= 0, op, "prefix: allowed 0 …");
+  check(prefix >= 0 && prefix >> 31 == 0, op, "prefix: allowed 0 … 2^31−1");
   p.scores = scores.data_ptr();
   p.scores_dtype = dtype_of(scores, op);
   p.scores_batch_stride = scores.stride(0);
