@@ -15,10 +15,16 @@ def ordered(scores):
 
 
 @triton.jit
+def load_scores(scores_ptr, score_stride, number, inside):
+    """The scores of these tokens, which may lie far apart."""
+    return tl.load(scores_ptr + number.to(tl.int64) * score_stride, inside, 0.0)
+
+
+@triton.jit
 def load_keys(scores_ptr, score_stride, keep_ptr, number, tokens, LOW: tl.constexpr):
     """The keys of these tokens without the bits that are alike in all, and which are kept."""
     inside = number < tokens
-    key = ordered(tl.load(scores_ptr + number * score_stride, inside, 0.0)) >> LOW
+    key = ordered(load_scores(scores_ptr, score_stride, number, inside)) >> LOW
     kept = number < 0
     if keep_ptr is not None:
         kept = tl.load(keep_ptr + number, inside, 0) != 0
@@ -85,7 +91,7 @@ def pick(
         number = first + tl.arange(0, TOKENS)
         key, kept, inside = load_keys(scores_ptr, score_stride, keep_ptr, number, tokens, LOW)
         if BY_THRESHOLD:
-            value = tl.load(scores_ptr + number * score_stride, inside, 0.0).to(tl.float32)
+            value = load_scores(scores_ptr, score_stride, number, inside).to(tl.float32)
             chosen = inside & ((value >= threshold) | kept)
         else:
             runs = inside
@@ -136,6 +142,6 @@ def count_above(scores_ptr, score_stride, keep_ptr, tokens, threshold, TOKENS: t
     for first in range(0, tokens, TOKENS):
         number = first + tl.arange(0, TOKENS)
         _, kept, inside = load_keys(scores_ptr, score_stride, keep_ptr, number, tokens, 0)
-        value = tl.load(scores_ptr + number * score_stride, inside, 0.0).to(tl.float32)
+        value = load_scores(scores_ptr, score_stride, number, inside).to(tl.float32)
         found += tl.sum((inside & ((value >= threshold) | kept)).to(tl.int32), 0)
     return found

@@ -147,16 +147,16 @@ def fuse_dropped(
     for t in tl.static_range(len(x_ptrs)):
         inside = column < widths[t]
         sums, weights = tl.zeros((ROWS, WIDTH), tl.float32), tl.zeros((ROWS,), tl.float32)
-        source = x_ptrs[t] + image * image_strides[t] + prefix * row_strides[t]
+        source = x_ptrs[t] + image * image_strides[t]
         for start in range(0, tokens, ROWS):
             number = start + tl.arange(0, ROWS)
             here = number < tokens
             flag = tl.load(flags_ptr + image * tokens + number, here, 1)
             here &= flag == 0
-            weight = tl.load(
-                scores_ptr + image * scores_stride + number * score_stride, here, 0.0
-            ).to(tl.float32)
-            at = source + number.to(tl.int64)[:, None] * row_strides[t] + column[None, :]
+            score = scores_ptr + image * scores_stride + number.to(tl.int64) * score_stride
+            weight = tl.load(score, here, 0.0).to(tl.float32)
+            token = (prefix + number).to(tl.int64)
+            at = source + token[:, None] * row_strides[t] + column[None, :]
             value = tl.load(at, here[:, None] & inside[None, :], 0.0).to(tl.float32)
             sums += tl.where(here[:, None], weight[:, None] * value, 0.0)
             weights += weight

@@ -111,7 +111,7 @@ def weigh(
             products += tl.where(mask, product, 0.0)
     share = total(products)
     number = token - prefix
-    score = scores_ptr + image * scores_stride + number * score_stride
+    score = scores_ptr + image * scores_stride + number.to(tl.int64) * score_stride
     weight = tl.load(score, dropped, 0.0).to(tl.float32)
     at = image * tokens + number
     tl.store(rows_ptr + at, row.to(tl.int32), here)
@@ -149,7 +149,7 @@ def spread(
     row = tl.load(rows_ptr + image * tokens + number, scored, 0)
     row = tl.where(number < 0, token, row)
     dropped = scored & (row < 0)
-    score = scores_ptr + image * scores_stride + number * score_stride
+    score = scores_ptr + image * scores_stride + number.to(tl.int64) * score_stride
     weight = tl.load(score, dropped, 0.0).to(tl.float32)
     share = tl.load(shares_ptr + image * tokens + number, dropped, 0.0)
     change = tl.where(dropped, (share - mean) / divisor, 0.0)
