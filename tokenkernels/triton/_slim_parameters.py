@@ -110,7 +110,9 @@ def added(source_ptr, place, here, splits, stride, SPLITS: tl.constexpr):
     """The sum of all splits at some places."""
     split = tl.arange(0, SPLITS)
     inside = (split < splits)[:, None] & here[None, :]
-    return tl.sum(tl.load(source_ptr + split[:, None] * stride + place[None, :], inside, 0.0), 0)
+    return tl.sum(
+        tl.load(source_ptr + split.to(tl.int64)[:, None] * stride + place[None, :], inside, 0.0), 0
+    )
 
 
 @triton.jit

@@ -130,7 +130,7 @@ def search(
         whole = here
         for d in tl.static_range(DIM):
             inside = row < tl.where(d < dim, rows, 0)
-            x = tl.load(x_rows + d * x_dim_stride, inside, 0.0).to(tl.float32)
+            x = tl.load(x_rows + d * tl.cast(x_dim_stride, tl.int64), inside, 0.0).to(tl.float32)
             whole = whole & (x * 0.0 == 0.0)
             mu = tl.load(centre_ptr + group * DIM + d)
             xs = xs + (x - mu,)  # type: ignore[assignment]  # noqa: RUF005

@@ -60,7 +60,7 @@ def chain_narrow(
     rest = ()
     for d in tl.static_range(DIM):
         inside = row < tl.where(d < dim, rows, 0)
-        x = tl.load(x_ptr + offsets + d * x_dim_stride, inside, 0.0)
+        x = tl.load(x_ptr + offsets + d * tl.cast(x_dim_stride, tl.int64), inside, 0.0)
         rest = rest + (x.to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     for round in range(0, rounds):
         near = ()
@@ -80,7 +80,7 @@ def chain_narrow(
         less = ()
         for d in tl.static_range(DIM):
             inside = row < tl.where(d < dim, rows, 0)
-            e = tl.load(codes + d * dim_stride, inside, 0.0).to(tl.float32)
+            e = tl.load(codes + d * tl.cast(dim_stride, tl.int64), inside, 0.0).to(tl.float32)
             less = less + (rest[d] - e,)  # type: ignore[assignment]  # noqa: RUF005
         rest = less
     for d in tl.static_range(DIM):

@@ -117,7 +117,8 @@ def advanced(
     known, more_known = some < hidden, others < hidden
     acc, more = project(
         rows, here, mean, rstd, gamma_ptr, beta_ptr,
-        w1_ptr + some * w1_stride, known, w1_ptr + others * w1_stride, more_known,
+        w1_ptr + some.to(tl.int64) * w1_stride, known,
+        w1_ptr + others.to(tl.int64) * w1_stride, more_known,
         channels, TOKENS, HIDDEN, MORE, CHANNELS,
     )  # fmt: skip
     logits = scored(logits, acc, b1_ptr, w2, slot_here, projected_rows, keeping, some, known)
