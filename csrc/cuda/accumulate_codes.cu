@@ -249,12 +249,14 @@ const char* add_round(const AccumulateCodes& p, const Round& r, void* stream) {
 }  // namespace
 
 int64_t accumulate_codes_cuda_scratch(const AccumulateCodes& p) {
+  if (p.groups == 0) return 0;
   const Round r = round_of(p);
   const int64_t ints = r.chunks * r.flat_codes + r.flat_codes + 1 + r.rows * p.groups;
   return (r.tiles + 1) * int64_t{sizeof(uint64_t)} + ints * int64_t{sizeof(uint32_t)};
 }
 
 const char* accumulate_codes_cuda(const AccumulateCodes& p, void* stream) {
+  if (p.groups == 0) return nullptr;
   Round r = round_of(p);
   const int64_t each = r.rows;
   const char* error = nullptr;
