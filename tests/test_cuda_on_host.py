@@ -100,7 +100,7 @@ def test_kernels_without_fault_compute_right_in_every_schedule() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("source", ["sound.cu", "sound_copies.cu"])
+@pytest.mark.parametrize("source", ["sound.cu", "sound_copies.cu", "sound_products.cu"])
 def test_the_same_kernels_compile_for_gpus(source: str, tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:

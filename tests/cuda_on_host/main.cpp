@@ -21,6 +21,7 @@ std::vector<Planted> all_planted() {
 std::vector<Sound> all_sound() {
   std::vector<Sound> all(kSound, kSound + kSoundCount);
   all.insert(all.end(), kSoundCopies, kSoundCopies + kSoundCopiesCount);
+  all.insert(all.end(), kSoundProducts, kSoundProducts + kSoundProductsCount);
   return all;
 }
 

@@ -19,7 +19,7 @@ struct Sound {
   const char* name;
   const char* (*run)();
 };
-extern const Sound kSound[], kSoundCopies[];
-extern const int kSoundCount, kSoundCopiesCount;
+extern const Sound kSound[], kSoundCopies[], kSoundProducts[];
+extern const int kSoundCount, kSoundCopiesCount, kSoundProductsCount;
 
 }  // namespace tk::cuda::tried
