@@ -1,0 +1,104 @@
+"""What nvcc makes of the CUDA kernels, on sm_80 and sm_90a: no more registers, shared memory or
+stack than a committed table says, memory read 16 bytes at a time, products by the tensor cores.
+"""
+
+from __future__ import annotations
+
+import re
+
+import cuda_resources as resources
+import pytest
+from cuda_resources import Key, Use, complaints
+
+WIDE = r"LDG\.E(\.\w+)*\.128(\.\w+)*|LDGSTS\.E(\.\w+)*\.128(\.\w+)*|UBLKCP(\.\w+)*"
+"""What brings at least 16 bytes in one instruction: loads, copies into shared memory, bulk ones."""
+
+NARROW = {
+    r"fill: .*": "writes only",
+    r"merge_adjacent: counts_kernel": "writes a few counts only",
+    r"accumulate_codes: (begin|count|sort)_kernel": "reads 8-byte codes and counts of its own",
+    r"gather_topk: select_kernel": "reads scores of any stride, one by one",
+    r"(accumulate_codes: sum|merge_\w+: merge_\w+)_kernel<\w+, (false|1)>": "rows that no 16 bytes "
+    "divide; its like for other rows stands beside it",
+}
+"""Kernels that move no rows, or move them as they lie: name → why they load nothing wide."""
+
+PRODUCTS: dict[str, dict[str, str]] = {}
+"""Kernels that multiply on tensor cores: name → architecture → the instruction that must be in."""
+
+SPILLS: dict[str, str] = {}
+"""Kernels whose registers may go through memory: name → why."""
+
+OLD = {Key("op: kernel<float>", "sm_80"): Use(100, 1000, 0)}
+(KERNEL,) = OLD
+
+
+@pytest.fixture
+def compiled() -> None:
+    if why := resources.missing():
+        pytest.skip(why)
+
+
+def test_no_kernel_takes_more_than_the_table_says(compiled: None) -> None:
+    release, before = resources.table()
+    found = complaints(before, resources.uses(), release == resources.release())
+    assert not found, "\n".join(found)
+
+
+def test_a_spill_in_the_table_has_its_reason() -> None:
+    _, before = resources.table()
+    for key, use in before.items():
+        listed = any(re.fullmatch(pattern, key.kernel) for pattern in SPILLS)
+        assert listed or not use.stack, f"{key.kernel}, {key.arch}: {use}"
+
+
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        (Use(111, 1000, 0), r"op: kernel<float>, sm_80: registers 100 -> 111"),
+        (Use(100, 1101, 0), r"op: kernel<float>, sm_80: shared 1000 -> 1101"),
+        (Use(90, 900, 8), r"op: kernel<float>, sm_80: spills, stack 0 -> 8 bytes"),
+    ],
+)
+def test_a_planted_growth_is_told(now: Use, words: str) -> None:
+    assert complaints(OLD, {KERNEL: now}, True) == [words]
+    assert complaints(OLD, {KERNEL: now}, False) == [words] * ("spills" in words)
+
+
+@pytest.mark.parametrize("now", [Use(110, 1100, 0), Use(80, 0, 0)])
+def test_less_and_a_tenth_more_pass(now: Use) -> None:
+    assert complaints(OLD, {KERNEL: now}, True) == []
+
+
+def test_kernels_that_come_and_go_are_told_with_the_command_that_renews_the_table() -> None:
+    other = {Key("op: other", "sm_80"): Use(10, 0, 4)}
+    gone, came, spills = complaints(OLD, other, True)
+    assert gone == f"op: kernel<float>, sm_80: gone; {resources.RENEW}"
+    assert came == f"op: other, sm_80: not in the table; {resources.RENEW}"
+    assert spills == "op: other, sm_80: spills, stack 0 -> 4 bytes"
+
+
+@pytest.mark.parametrize("arch", resources.ARCHITECTURES)
+def test_rows_are_loaded_16_bytes_at_a_time(compiled: None, arch: str) -> None:
+    for kernel, found in resources.instructions(arch).items():
+        wide = any(re.fullmatch(WIDE, instruction) for instruction in found)
+        excused = any(re.fullmatch(pattern, kernel) for pattern in NARROW)
+        assert wide != excused, f"{kernel}, {arch}: " + (
+            "loads wide, and NARROW says it does not" if wide else f"loads nothing wide: {found}"
+        )
+
+
+@pytest.mark.parametrize("arch", resources.ARCHITECTURES)
+def test_products_are_those_of_tensor_cores(compiled: None, arch: str) -> None:
+    for pattern, wanted in PRODUCTS.items():
+        found = [k for k in resources.instructions(arch) if re.fullmatch(pattern, k)]
+        assert found, f"no kernel is called {pattern}"
+        for kernel in found:
+            names = resources.instructions(arch)[kernel]
+            assert any(re.match(wanted[arch], name) for name in names), f"{kernel}, {arch}"
+
+
+def test_what_is_excused_or_multiplies_is_there(compiled: None) -> None:
+    kernels = {key.kernel for key in resources.uses()}
+    for pattern in [*NARROW, *PRODUCTS, *SPILLS]:
+        assert any(re.fullmatch(pattern, kernel) for kernel in kernels), pattern
