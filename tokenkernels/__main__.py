@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, _native, ops
-from ._op import BACKENDS, OPS, Op
+from ._op import BACKENDS, DEFAULT_BACKEND, OPS, Op
 
 
 def main() -> int:
@@ -35,25 +35,47 @@ def doctor() -> int:
         print(f"native: no: {_native.WHY_NOT}")
     else:
         print(f"native: yes, CPU instruction set {_native.instruction_set()}; CUDA code: {_cuda()}")
+        print(f"        compiled for {_native.compiled_for() or 'no GPU'}")
     print(f"numpy:  {_numpy()}")
-    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    for device in devices:
-        print(f"\n{device}: op, the backend it runs on, and why not on the others")
+    if foreign := _foreign():
+        print(f"\nwarning: no native CUDA: {foreign}; build it with {_wanted()}")
+    for device in ("cpu", "cuda"):
+        absent = " (no GPU here)" * (device == "cuda" and not torch.cuda.is_available())
+        print(f"\n{device}{absent}")
+        print(f"  {'op':<20} {'runs':<10} {'native':<7} {'triton':<7} why not")
         for op in OPS.values():
             if op.function is not None:
-                print("  " + _line(op, device))
+                print("  " + _line(op, device).rstrip())
     return 0
 
 
 def _line(op: Op, device: str) -> str:
+    """The backend that a call gets, whether native and Triton could, and why one cannot."""
     reasons = {backend: op.why_not(backend, device) for backend in BACKENDS}
-    runs = next((b for b, why in reasons.items() if why is None), "nothing")
-    others = "; ".join(f"{b}: {why}" for b, why in reasons.items() if why)
-    return f"{op.name:<20} {runs:<10} {others}"
+    runs = op._choose(DEFAULT_BACKEND, device) or "nothing"
+    can = ["no" if reasons[backend] else "yes" for backend in ("native", "triton")]
+    why = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items() if reason)
+    return f"{op.name:<20} {runs:<10} {can[0]:<7} {can[1]:<7} {why}"
+
+
+def _foreign() -> str | None:
+    """Why native CUDA code that is there does not run on this GPU."""
+    return _native.why_not_gpu() if _has_cuda() else None
+
+
+def _wanted() -> str:
+    """The CMake option that adds the GPUs here."""
+    numbers = [f"{major}{minor}" + "a" * (major == 9) for major, minor in _native.gpus()]
+    return f'CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES={";".join(numbers)}"'
+
+
+def _has_cuda() -> bool:
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key("tokenkernels::fill", "CUDA")
+    return bool(registered)
 
 
 def _cuda() -> str:
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("tokenkernels::fill", "CUDA"):
+    if not _has_cuda():
         return "none (built without nvcc)"
     if not torch.cuda.is_available():
         return "built in, no GPU here to run it"

@@ -98,13 +98,11 @@ class Op:
         if importlib.util.find_spec(f"tokenkernels.triton.{self.name}"):
             self._define("triton", f"{self.name}.triton", arguments)
             LIB.impl(f"{self.name}.triton", self._triton, "CompositeExplicitAutograd")
-        for device in DEVICES:
-            for backend in (None, *BACKENDS):
-                if (backend or DEFAULT_BACKEND, device) == ("triton", "cpu"):
-                    continue  # only where it is asked for: the answer loads Triton
-                chosen = self._choose(backend or DEFAULT_BACKEND, device)
-                if chosen:
-                    self.overloads[backend, device] = self._kinds[chosen]
+        for backend in (None, "native", "reference"):
+            if (backend or DEFAULT_BACKEND) == "triton":
+                continue  # and whatever a GPU runs: only once asked for, the answer loads either
+            if chosen := self._choose(backend or DEFAULT_BACKEND, "cpu"):
+                self.overloads[backend, "cpu"] = self._kinds[chosen]
         OPS[self.name] = self
 
     @property
@@ -136,6 +134,9 @@ class Op:
         return getattr(module, self.name)(*args)
 
     def _choose(self, backend: str | None, device: str) -> str | None:
+        """The backend asked for, or the first of all that runs here."""
+        if backend is None and device not in DEVICES:
+            return None
         order = (backend,) if backend else BACKENDS if device != "cpu" else ("native", "reference")
         return next((kind for kind in order if self.why_not(kind, device) is None), None)
 
@@ -153,6 +154,8 @@ class Op:
                 f"tokenkernels::{self.name}", key
             ):
                 return f"the shared object has no {self.name} for {device}"
+            if device == "cuda" and (foreign := _native.why_not_gpu()):
+                return foreign
         elif backend not in self._kinds:
             return f"there is no {backend} kernel of {self.name}"
         if backend == "triton":
@@ -183,10 +186,13 @@ class Op:
 
     def _late(self, backend: str | None, device: str) -> Any:
         """The overload of a backend that is looked for when it is first asked for, or a refusal."""
-        if (backend or DEFAULT_BACKEND) == "triton" and self.why_not("triton", device) is None:
-            self.overloads[backend, device] = self._kinds["triton"]
-            return self._kinds["triton"]
-        raise self._refusal(backend, device)
+        chosen = None
+        if backend is None or backend in BACKENDS:
+            chosen = _chosen(self.name, backend or DEFAULT_BACKEND, device)
+        if chosen is None:
+            raise self._refusal(backend, device)
+        self.overloads[backend, device] = self._kinds[chosen]
+        return self._kinds[chosen]
 
     def _refusal(self, backend: str | None, device: str) -> Exception:
         if backend is not None and backend not in BACKENDS:
@@ -249,6 +255,15 @@ class Op:
             no_worse(got, want, low)
         length = self.gradient_length or (lambda kwargs: 4 * self.length(kwargs))
         close(got, want, low, length(kwargs))
+
+
+def _chosen(name: str, backend: str | None, device: str) -> str | None:
+    return OPS[name]._choose(backend, device)
+
+
+# What torch.compiler.assume_constant_result does, which would load the compiler: a trace does not
+# look into how a backend is chosen.
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _no_triton(device: str) -> str | None:

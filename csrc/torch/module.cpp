@@ -1,10 +1,16 @@
-// What the shared object says of itself, without torch: which instruction sets it carries and which
-// one runs.
+// What the shared object says of itself, without torch: which instruction sets and which GPUs it
+// carries code for.
 #include "tokenkernels.h"
 
 #define TK_EXPORT extern "C" __attribute__((visibility("default")))
 
+#ifndef TK_CUDA_ARCHITECTURES  // the build's, separated by commas
+#define TK_CUDA_ARCHITECTURES ""
+#endif
+
 TK_EXPORT const char* tokenkernels_instruction_set() { return tk::instruction_set(); }
+
+TK_EXPORT const char* tokenkernels_cuda_architectures() { return TK_CUDA_ARCHITECTURES; }
 
 namespace tk::bind {
 bool poisoned = false;
