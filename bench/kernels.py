@@ -59,6 +59,7 @@ class Call:
     case: Case
     dtype: torch.dtype
     gradient: bool
+    kwargs: dict[str, Any]
     launches: list[tuple[Any, Any]] = field(default_factory=list)
     copies: int = 0
     cost: tuple[float, float] | None = None
@@ -111,7 +112,7 @@ def _calls(op: Op, case: Case, dtype: torch.dtype, kwargs: dict[str, Any]) -> It
             if not ahead.only_values_tell(error):
                 raise
             return
-        call = Call(op, case, dtype, gradient, cost=None if gradient else cost)
+        call = Call(op, case, dtype, gradient, kwargs, cost=None if gradient else cost)
         call.launches = [(x, ahead.described(x, CAPABILITY)) for x in launches.launches]
         call.copies, call.size = len(launches.copies), _size(kwargs)
         if call.launches:
@@ -201,14 +202,14 @@ def kernels_table(calls: list[Call], built: dict[str, Any]) -> Table:
     return table
 
 
-def measurements() -> dict[str, float]:
-    """Microseconds of Triton by cell, from whatever GPU was measured last."""
+def measurements(backend: str) -> dict[str, float]:
+    """Microseconds of a backend by cell, from whatever GPU was measured last."""
     found: dict[str, float] = {}
     for path in sorted((ROOT / "bench" / "results").glob("*/gpu.jsonl")):
         for line in path.read_text().splitlines():
             cell = json.loads(line)
             for row in cell.get("rows") or []:
-                if row["contender"] == "triton" and row["ms"]:
+                if row["contender"] == backend and row["ms"]:
                     found[cell["cell"]] = 1e3 * row["ms"]
     return found
 
@@ -220,7 +221,7 @@ def main() -> None:
     jobs = {repr(job): job for call in calls for _, job in call.launches}
     with multiprocessing.Pool(2) as pool:
         built = dict(zip(jobs, pool.map(ahead.compiled, jobs.values(), 1), strict=True))
-    tables = calls_table(calls, built, measurements()), kernels_table(calls, built)
+    tables = calls_table(calls, built, measurements("triton")), kernels_table(calls, built)
     text = "\n\n".join(report.as_markdown(table) for table in tables) + "\n"
     PAGE.write_text(BLOCK.sub(lambda found: text, PAGE.read_text()))
 

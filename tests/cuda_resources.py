@@ -28,7 +28,7 @@ SOURCES = ROOT / "csrc"
 OBJECT = ROOT / "tokenkernels" / "_torch.so"
 CUBINS = ROOT / "build" / "cubins"
 TABLE = Path(__file__).with_suffix(".json")
-RENEW = "python tests/cuda_resources.py --write"
+RENEW = "python tests/cuda_resources.py --write; python -m bench.cuda_kernels"
 ARCHITECTURES = ("sm_80", "sm_90a")
 FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", f"-I{SOURCES}", "-cubin")
 GROWTH = 1.1
@@ -121,7 +121,7 @@ def readable(mangled: list[str]) -> list[str]:
     found = []
     for symbol, name in zip(mangled, plain, strict=True):
         place = re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_", symbol)
-        name = re.sub(r"\btk::|\(anonymous namespace\)::", "", name)
+        name = re.sub(r"\(anonymous namespace\)::|\b\w+::", "", name)
         found.append(f"{place[1]}: {name}" if place else name)
     return found
 

@@ -45,6 +45,15 @@ def test_no_kernel_takes_more_than_the_table_says(compiled: None) -> None:
     assert not found, "\n".join(found)
 
 
+def test_the_notes_show_what_the_table_says() -> None:
+    """And say of every kernel how it is launched."""
+    _, uses = resources.table()
+    lines = (resources.ROOT / "bench" / "NOTES.md").read_text().splitlines()
+    for (kernel, _), use in uses.items():
+        row = next((line.split(" | ") for line in lines if line.startswith(f"| {kernel} |")), [])
+        assert str(use.registers) in row[1:3], f"{kernel}: {resources.RENEW}"
+
+
 def test_a_spill_in_the_table_has_its_reason() -> None:
     _, before = resources.table()
     for key, use in before.items():

@@ -1,0 +1,150 @@
+"""Writes into NOTES.md what nvcc made of the CUDA kernels, by the table that tests compare with,
+and what an H200 should take for a call; `python -m bench.cuda_kernels`, without a GPU or nvcc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from bench import kernels, report
+from bench.kernels import BYTES_PER_SECOND, LAUNCH_US, PAGE, RATES, Call, together, touched
+from bench.tables import Table, number
+from tokenkernels import ops
+
+import cuda_resources as resources  # isort: skip  (bench.kernels has put tests/ into the path)
+
+BLOCK = re.compile(r"(?<=<!-- cuda kernels -->\n).*(?=<!-- end of cuda kernels -->)", re.DOTALL)
+ARCH = "sm_90a"
+
+
+class Launched(NamedTuple):
+    """How a kernel is launched: what its registers do not say."""
+
+    threads: int
+    shared: int = 0
+    """Bytes that a block borrows where it is commonest."""
+    loads: int = 0
+    """Those of 16 bytes that a thread has under way while it moves rows."""
+
+
+KERNELS = {
+    r"accumulate_codes: sum_kernel<.*true>": Launched(256, loads=4),
+    r"accumulate_codes: sum_kernel<.*": Launched(256),
+    r"accumulate_codes: .*": Launched(256, 48),
+    r"compact_kv: compact_kernel<.*true, \d+>": Launched(256, 20544, 4),
+    r"compact_kv: compact_kernel<.*false, \d+>": Launched(256, 16448, 4),
+    r"fill: .*": Launched(256),
+    r"gather_topk: gather_topk_kernel": Launched(256, 10640, 4),
+    r"gather_topk: select_kernel": Launched(1024, 9536),
+    r"gather_topk: rows_kernel": Launched(256, 8256, 4),
+    r"gather_topk_backward: scatter_kernel": Launched(256, 4096, 4),
+    r"gather_topk_backward: weigh_kernel": Launched(256, 512, 4),
+    r"gather_topk_backward: spread_kernel": Launched(256, 8192, 4),
+    r"merge_adjacent: counts_kernel": Launched(256),
+    r"merge_adjacent: .*true>": Launched(128, 160, 4),
+    r"merge_adjacent: .*": Launched(128, 160),
+    r"merge_backward: .*, 1>": Launched(256),
+    r"merge_backward: .*": Launched(256, loads=2),
+    r"merge_runs: .*true>": Launched(256, 384, 5),
+    r"merge_runs: .*": Launched(256, 384),
+}
+"""The first pattern that a name matches counts."""
+
+Launches = Callable[[dict[str, Any]], tuple[int, int]]
+
+
+def _gather_topk(kwargs: dict[str, Any]) -> tuple[int, int]:
+    fused, by_threshold = bool(kwargs.get("fuse")), kwargs.get("k") is None
+    two = fused or by_threshold or kwargs["scores"].shape[1] > 8192
+    return 1 + two, 1 + fused
+
+
+CALLS: dict[str, Launches] = {
+    "accumulate_codes": lambda kwargs: (4, 0),
+    "compact_kv": lambda kwargs: (1, 0),
+    "compact_kv_": lambda kwargs: (1, 0),
+    "compact_kv_paged": lambda kwargs: (1, 0),
+    "gather_topk": _gather_topk,
+    "merge_adjacent": lambda kwargs: (2, 1),
+    "merge_backward": lambda kwargs: (1, 0),
+    "merge_runs": lambda kwargs: (2, 1),
+}
+"""Launches of a call, forward and backward; a memset counts."""
+
+
+def launched(kernel: str) -> Launched:
+    """How a kernel is launched; a new one has to be entered above."""
+    for pattern, how in KERNELS.items():
+        if re.fullmatch(pattern, kernel):
+            return how
+    raise KeyError(f"{kernel}: say in KERNELS how it is launched")
+
+
+def kernels_table(uses: resources.Uses) -> Table:
+    columns = ["kernel", "registers sm_80", f"registers {ARCH}", "threads", "shared KB"]
+    table = Table("Kernels", [*columns, "blocks per SM", "KB under way per SM"], [])
+    for (kernel, arch), use in sorted(uses.items()):
+        if arch != ARCH:
+            continue
+        how = launched(kernel)
+        built = {"registers": use.registers, "warps": how.threads // 32, "shared": how.shared}
+        blocks = together(built)
+        table.rows.append(
+            [
+                kernel,
+                str(uses[resources.Key(kernel, "sm_80")].registers),
+                str(use.registers),
+                str(how.threads),
+                number(how.shared / 1024),
+                str(blocks),
+                number(16 * how.loads * how.threads * blocks / 1024) if how.loads else "",
+            ]
+        )
+    return table
+
+
+def predicted(call: Call, launches: int) -> tuple[float, str, float]:
+    """Bytes, what limits a call, and microseconds."""
+    moved, flops = call.cost or (sum(touched(launch) for launch, _ in call.launches), None)
+    memory, start = 1e6 * moved / BYTES_PER_SECOND, LAUNCH_US * launches
+    arithmetic = 1e6 * (flops or 0) / RATES["float32"]
+    longest = max((start, "launches"), (memory, "memory"), (arithmetic, "products, float32"))
+    return moved, longest[1], start + max(memory, arithmetic)
+
+
+def calls_table(calls: list[Call], measured: dict[str, float]) -> Table:
+    columns = ["call", "launches", "MB", "limit", "predicted µs", "measured µs"]
+    table = Table("Calls", columns, [])
+    for call in calls:
+        if call.op.name not in CALLS:
+            continue
+        launches = CALLS[call.op.name](call.kwargs)[call.gradient]
+        moved, limit, us = predicted(call, launches)
+        table.rows.append(
+            [
+                str(call),
+                str(launches),
+                number(moved / 1e6),
+                limit,
+                number(us),
+                number(measured.get(str(call))),
+            ]
+        )
+    return table
+
+
+def main() -> None:
+    argparse.ArgumentParser(prog="python -m bench.cuda_kernels", description=__doc__).parse_args()
+    ops.load()
+    _, uses = resources.table()
+    calls = list(kernels.recorded())
+    tables = calls_table(calls, kernels.measurements("native")), kernels_table(uses)
+    text = "\n\n".join(report.as_markdown(table) for table in tables) + "\n"
+    PAGE.write_text(BLOCK.sub(lambda found: text, PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    main()
