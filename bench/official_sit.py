@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenmodels._blocks import Attention
 from tokenmodels.sit import SlimTokens
-from tokenmodels.sit.model import Attention
 from torch import Tensor
 
 
 def attention(layer: Attention, x: Tensor) -> Tensor:
     """Every score is written out, in float32 whatever x is."""
     batch, tokens, dim = x.shape
-    qkv = layer.qkv(x).reshape(batch, tokens, 3, layer.heads, -1).permute(2, 0, 3, 1, 4)
+    qkv = layer.qkv(x).reshape(batch, tokens, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
     q, k, v = (part.float() for part in qkv)
-    scores = (q @ k.transpose(-2, -1)) * (dim // layer.heads) ** -0.5
+    scores = (q @ k.transpose(-2, -1)) * (dim // layer.num_heads) ** -0.5
     return layer.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, dim))
 
 

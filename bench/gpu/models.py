@@ -20,7 +20,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 def cells(dry: bool) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
     """(name, what measures it) for every variant × batch size, in bfloat16."""
     for batch in BATCHES[:1] if dry else BATCHES:
-        for name in list(VARIANTS)[: 1 if dry else None]:
+        for name in bench_models.NAMES[: 1 if dry else None]:
             yield f"{name} batch {batch}", partial(_measure, name, batch)
 
 

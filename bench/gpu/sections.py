@@ -161,7 +161,8 @@ def models(job: Job) -> None:
     """SiT dense and slimmed on this device, as its authors formulated it and as we run it."""
     from bench.gpu import models as slimmed
 
-    state = store.digest(["python/tokenmodels/sit/*.py", "tokenkernels/triton/*.py"])
+    read = ("python/tokenmodels/sit/*.py", "python/tokenmodels/_blocks.py")
+    state = store.digest([*read, "tokenkernels/triton/*.py"])
     for name, run in slimmed.cells(job.dry):
         if not job.wants(name) or job.store.has(name, state):
             continue

@@ -1,207 +1,341 @@
-"""The SiT network in inference form: convolutional stem, transformer blocks, token slimming."""
+"""The SiT network: convolutional stem, transformer blocks, token slimming between stages."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-import tokenkernels as tk
-from tokenmodels.sit.config import SiTConfig
+from tokenmodels._blocks import Block, initialise, resample_positions
+from tokenmodels._refuse import refusal
+from tokenmodels.sit import checkpoint, pretrained
+from tokenmodels.sit.config import PATCH, SiTConfig, grid_of
+from tokenmodels.sit.recovery import TrainingParts
+from tokenmodels.sit.slimming import SlimTokens, unpool
+from tokenmodels.sit.stem import Stem
 
 
-class SlimTokens(nn.Module):
-    """The token slimming module: N tokens in, M learned soft aggregates of them out.
+class SiTOutput(NamedTuple):
+    """What a SiT gives where more than its logits was asked for; the rest is empty.
 
-    Each of the M slots is a softmax-weighted mean of the raw input tokens. N is free, M is not.
-
-    Source: Zong et al., ECCV 2022, section 3.1, equations 2 and 3. The bias of the last
-    projection is constant along the softmax and is left out: it has no effect and no gradient.
-
-    Args:
-        dim: channels C of a token.
-        slots: tokens M out.
-        hidden: channels of the projection; C // 2 if not given.
-
-    Example:
-        >>> SlimTokens(384, 98)(torch.randn(2, 196, 384)).shape
-        torch.Size([2, 98, 384])
+    Attributes:
+        logits: (B, num_classes).
+        assignments: per slimming (B, M, N), what each slot takes of each token before it.
+        tokens: per block (B, K, C), its patch tokens, behind the slimming where one follows it.
     """
 
-    def __init__(self, dim: int, slots: int, *, hidden: int | None = None) -> None:
-        super().__init__()
-        hidden = dim // 2 if hidden is None else hidden
-        self.norm = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, slots, bias=False)
-        self.logit_scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, C) → (B, M, C)."""
-        return tk.slim_tokens(
-            tokens,
-            self.norm.weight,
-            self.norm.bias,
-            self.fc1.weight,
-            self.fc1.bias,
-            self.fc2.weight,
-            self.logit_scale,
-            eps=self.norm.eps,
-        )
-
-
-class Stem(nn.Module):
-    """3x3 convolutions of stride 2 with batch norm, GELU between them: an image to a token grid."""
-
-    def __init__(self, channels: tuple[int, ...]) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False)
-            for a, b in zip((3, *channels[:-1]), channels, strict=True)
-        )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(c) for c in channels)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, height, width) → (B, N, C), row by row."""
-        x = images
-        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = norm(conv(x if i == 0 else F.gelu(x)))
-        return x.flatten(2).transpose(1, 2)
-
-    def fold(self) -> None:
-        """Moves every batch norm's running statistics into the convolution before it."""
-        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-            self.convs[i] = torch.nn.utils.fuse_conv_bn_eval(conv, norm)
-            self.norms[i] = nn.Identity()
-        # Then the tokens are rows without a copy.
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention; the joint projection has no bias."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*qkv.unbind(0))
-        return self.proj(mixed.transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    """Two linear layers with an exact GELU between them."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block whose two branches are divided by `residual_scale`."""
-
-    def __init__(self, config: SiTConfig) -> None:
-        super().__init__()
-        self.residual_scale = config.residual_scale
-        self.norm1 = nn.LayerNorm(config.dim)
-        self.attn = Attention(config.dim, config.heads)
-        self.norm2 = nn.LayerNorm(config.dim)
-        self.mlp = MLP(config.dim, int(config.dim * config.mlp_ratio))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.add(x, self.attn(self.norm1(x)), alpha=1 / self.residual_scale)
-        return torch.add(x, self.mlp(self.norm2(x)), alpha=1 / self.residual_scale)
-
-    def fold(self) -> None:
-        """Moves the residual scale into the last linear layer of each branch."""
-        for last in (self.attn.proj, self.mlp.fc2):
-            last.weight.div_(self.residual_scale)
-            last.bias.div_(self.residual_scale)
-        self.residual_scale = 1.0
+    logits: Tensor
+    assignments: tuple[Tensor, ...]
+    tokens: tuple[Tensor, ...]
 
 
 class SiT(nn.Module):
-    """The self-slimmed vision transformer, or with `config.slim=False` its dense teacher.
+    """The self-slimmed vision transformer, or with `config.dense` its teacher.
 
-    The class token and the patch tokens share one tensor; only a slimming parts them.
+    The class token and the patch tokens share one tensor; only a slimming parts them. Images may
+    have any size from one patch on: the position embedding is interpolated, and each slot chooses
+    among more or fewer tokens; the numbers of slots stay those of the config.
 
     Source: Zong et al., "Self-slimmed Vision Transformer", ECCV 2022, figure 2.
 
+    Args:
+        config: its shape; see `SiTConfig.variant` for the released ones.
+        training_parts: whether it has `TrainingParts`, which only training needs.
+
     Example:
-        >>> model = SiT(VARIANTS["sit_tiny"]).eval().fold_for_inference()
+        >>> model = SiT(SiTConfig.variant("sit_tiny")).eval().fold_for_inference()
         >>> model(torch.randn(1, 3, 224, 224)).shape
         torch.Size([1, 1000])
     """
 
-    def __init__(self, config: SiTConfig) -> None:
+    def __init__(self, config: SiTConfig, *, training_parts: bool = False) -> None:
         super().__init__()
+        if not isinstance(config, SiTConfig):
+            raise TypeError(refusal("SiT", "config", "a SiTConfig", repr(config)))
         self.config = config
-        self.stem = Stem(config.stem_channels)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid**2, config.dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.slims = nn.ModuleList(SlimTokens(config.dim, m) for m in config.slim_after.values())
-        self.norm = nn.LayerNorm(config.dim)
-        self.head = nn.Linear(config.dim, config.classes)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Truncated normals of standard deviation 0.02 for what is linear or a token, no biases."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.folded = False
+        dim, last = config.embed_dim, max(config.depth - 1, 1)
+        self.stem = Stem(config.stem_layers, config.in_channels)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.patches, dim))
+        self.blocks = nn.ModuleList(
+            Block(
+                dim,
+                config.num_heads,
+                mlp_ratio=config.mlp_ratio,
+                residual_scale=config.residual_scale,
+                drop_path=config.drop_path * i / last,
+            )
+            for i in range(config.depth)
+        )
+        self.slims = nn.ModuleList(SlimTokens(dim, slots) for slots in config.slim_after.values())
+        self.norm = nn.LayerNorm(dim)
+        self.head: nn.Module = nn.Identity()
+        if config.num_classes:
+            self.head = nn.Linear(dim, config.num_classes)
+        self.training_parts = TrainingParts(config) if training_parts else None
+        initialise(self)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """(B, 3, height, width) → (B, 1 + N, C): class token, patches, positions."""
-        patches = self.stem(images)
-        if patches.shape[1] + 1 != self.pos_embed.shape[1]:
-            raise ValueError(
-                f"SiT: images: allowed {self.config.grid} x {self.config.grid} patches, as in "
-                f"{self.config.image_size} x {self.config.image_size} pixels, "
-                f"got {tuple(images.shape)}"
-            )
-        cls = self.cls_token.expand(len(patches), -1, -1)
-        return torch.cat((cls, patches), dim=1) + self.pos_embed
+    def forward(
+        self, images: Tensor, *, return_assignment: bool = False, return_tokens: bool = False
+    ) -> Tensor | SiTOutput:
+        """Logits of normalised images.
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of normalised images: (B, 3, height, width) → (B, classes)."""
+        Args:
+            images: (B, in_channels, height, width), in the dtype of the weights.
+            return_assignment: also what the slots of each slimming take of the tokens before it,
+                for pictures and `unpool`; each is one more pass over those tokens.
+            return_tokens: also the patch tokens behind every block.
+
+        Returns:
+            (B, num_classes), or the class token's features (B, C) where there are no classes; a
+            `SiTOutput` where more was asked for.
+
+        Raises:
+            ValueError: images of another number of channels or dimensions, or below one patch.
+            TypeError: images that are no floating tensor.
+        """
+        assignments: list[Tensor] | None = [] if return_assignment else None
+        tokens: list[Tensor] | None = [] if return_tokens else None
+        x = self._run(images, assignments=assignments, tokens=tokens)
+        logits = self.head(self.norm(x[:, 0]))
+        if assignments is None and tokens is None:
+            return logits
+        return SiTOutput(logits, tuple(assignments or ()), tuple(tokens or ()))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Normalised tokens behind the last block: (B, 1 + M, C), the class token first."""
+        return self.norm(self._run(images))
+
+    def features_only(self, images: Tensor, *, unpooled: bool = False) -> list[Tensor]:
+        """Patch tokens at the end of every stage, before the slimming behind it.
+
+        Args:
+            images: (B, in_channels, height, width).
+            unpooled: brings the slots of later stages back to the patches they came from, so that
+                every stage has a grid (see `unpool`).
+
+        Returns:
+            Per stage a map (B, C, h, w) where its tokens are a grid: before the first slimming, and
+            everywhere in a dense network or if `unpooled`. Else the slots, (B, M, C).
+        """
+        assignments: list[Tensor] = []
+        stages: list[Tensor] = []
+        self._run(images, assignments=assignments if unpooled else None, stages=stages)
+        for i in range(1, 1 + len(assignments)):
+            stages[i] = unpool(stages[i], assignments[:i])
+        grid = grid_of((images.shape[2], images.shape[3]))
+        maps = len(stages) if unpooled or self.config.dense else 1
+        return [x.transpose(1, 2).unflatten(2, grid) for x in stages[:maps]] + stages[maps:]
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, in_channels, height, width) → (B, 1 + N, C): class token, patches, positions."""
+        self._check_images(images)
+        grid = self.stem(images)
+        shape = (grid.shape[2], grid.shape[3])
+        positions = resample_positions(self.pos_embed, self.config.grid, shape)
+        cls = self.cls_token.expand(grid.shape[0], -1, -1)
+        return torch.cat((cls, grid.flatten(2).transpose(1, 2)), dim=1) + positions
+
+    def _check_images(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(refusal("SiT", "images", "a floating tensor", got))
+        channels = self.config.in_channels
+        if images.ndim != 4 or images.shape[1] != channels:
+            allowed = f"(batch, {channels}, height, width)"
+            raise ValueError(refusal("SiT", "images", allowed, tuple(images.shape)))
+        if images.shape[2] < PATCH or images.shape[3] < PATCH:
+            allowed = f"a height and width of {PATCH} pixels, one patch, or more"
+            raise ValueError(refusal("SiT", "images", allowed, tuple(images.shape)))
+
+    def _run(
+        self,
+        images: Tensor,
+        *,
+        assignments: list[Tensor] | None = None,
+        tokens: list[Tensor] | None = None,
+        stages: list[Tensor] | None = None,
+    ) -> Tensor:
+        """All blocks; on the way it writes down what is asked for. Returns (B, 1 + M, C)."""
         x = self.embed(images)
         slims = dict(zip(self.config.slim_after, self.slims, strict=True))
+        ends = {end - 1 for end in accumulate(self.config.stages)}
         for i, block in enumerate(self.blocks):
             x = block(x)
+            if stages is not None and i in ends:
+                stages.append(x[:, 1:])
             if i in slims:
-                x = torch.cat((x[:, :1], slims[i](x[:, 1:])), dim=1)
-        return self.head(self.norm(x[:, 0]))
+                patches = x[:, 1:]
+                if assignments is not None:
+                    assignments.append(slims[i].assignment(patches))  # type: ignore[operator]
+                x = torch.cat((x[:, :1], slims[i](patches)), dim=1)
+            if tokens is not None:
+                tokens.append(x[:, 1:])
+        return x
+
+    def set_fused(self, fused: bool) -> SiT:
+        """Runs the slimmings as one kernel each, or (False) in plain PyTorch; returns itself.
+
+        Plain PyTorch knows float64 and can be given to run-times that know torch's operators only.
+        """
+        for slim in self.slims:
+            slim.fused = fused  # type: ignore[assignment]
+        return self
+
+    @torch.no_grad()
+    def resized(self, image_size: int | tuple[int, int]) -> SiT:
+        """Returns a copy made for another image size: positions interpolated once, not per call.
+
+        It gives what this model gives for such images; the numbers of slots stay as they are. What
+        is in `training_parts` depends on the size and is left behind.
+        """
+        keep = tuple(self.config.slim_after.values()) or self.config.keep
+        config = replace(self.config, image_size=image_size, keep=keep)
+        other = self._without_training_parts()
+        positions = resample_positions(other.pos_embed, other.config.grid, config.grid)
+        trained = other.pos_embed.requires_grad
+        other.config, other.pos_embed = config, nn.Parameter(positions.clone(), trained)
+        return other
 
     @torch.no_grad()
     def fold_for_inference(self) -> SiT:
         """Returns a copy in which nothing is left to do that weights can absorb.
 
         Batch norms go into the stem's convolutions, the residual scale into each branch's last
-        linear layer, every logit scale into its slot projection. Equal to this model in eval mode
-        up to rounding; not meant for training.
+        linear layer, every logit scale into its slot projection, whose bias without effect goes, as
+        do training parts. Equal to this model in eval mode up to rounding; not meant for training.
         """
-        folded = copy.deepcopy(self).eval().requires_grad_(False)
-        folded.stem.fold()
-        for block in folded.blocks:
-            assert isinstance(block, Block)
-            block.fold()
-        for slim in folded.slims:
-            assert isinstance(slim, SlimTokens)
-            slim.fc2.weight.mul_(slim.logit_scale)
-            slim.logit_scale.fill_(1.0)
+        folded = self._without_training_parts().eval().requires_grad_(False)
+        if not self.folded:
+            for part in (folded.stem, *folded.blocks, *folded.slims):
+                part.fold()
+        folded.folded = True
         return folded
+
+    def _without_training_parts(self) -> SiT:
+        other = copy.deepcopy(self)
+        other.training_parts = None
+        return other
+
+    @torch.no_grad()
+    def transplant(self, teacher: SiT) -> list[str]:
+        """Takes over a teacher's weights: stem, tokens, positions, blocks, norm, and the head where
+        both have as many classes.
+
+        Positions of another image size are interpolated.
+
+        Returns:
+            The names of the weights that stay as they were, such as those of the slimmings.
+
+        Raises:
+            ValueError: a teacher of another width, depth or stem.
+
+        Example:
+            >>> shape = dict(embed_dim=48, depth=2, num_heads=3)
+            >>> teacher = SiT(SiTConfig(**shape, dense=True))
+            >>> left = SiT(SiTConfig(**shape, stages=(1, 1))).transplant(teacher)
+            >>> {name.split(".")[0] for name in left}
+            {'slims'}
+        """
+        return checkpoint.transplant(self, teacher)
+
+    @classmethod
+    def from_official(
+        cls,
+        source: str | Path | Mapping[str, Any],
+        *,
+        variant: str | None = None,
+        config: SiTConfig | None = None,
+        training_parts: bool = False,
+    ) -> SiT:
+        """Builds a SiT, or a dense teacher, from a checkpoint of the official code.
+
+        Args:
+            source: a file, or the state dict, or the checkpoint that holds it as `model`. A file is
+                read with `weights_only=True`.
+            variant: the released network that it must be a student of; its classes and image size
+                are read from the weights.
+            config: or what it describes, in full. With neither, the released shapes are assumed
+                (see `infer_config`); a student stripped of its `rtsm.*` weights needs one of them,
+                because nothing else tells where its tokens are slimmed.
+            training_parts: keeps `rtsm.*` and `aux_head.*`, which no inference needs.
+
+        Returns:
+            The model in eval mode, on the CPU, in the dtype of the weights.
+
+        Raises:
+            ValueError: a file that cannot be read, weights of another variant, missing or
+                unexpected names, a config that cannot be inferred.
+            FileNotFoundError: there is no such file.
+
+        Example:
+            >>> config = SiTConfig(embed_dim=64, depth=2, num_heads=1, stages=(1, 1))
+            >>> weights = SiT(config, training_parts=True).official_state_dict()
+            >>> SiT.from_official({"model": weights}).config == config
+            True
+        """
+        model = checkpoint.from_official(
+            cls, source, variant=variant, config=config, training_parts=training_parts
+        )
+        assert isinstance(model, cls)
+        return model
+
+    def official_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the names and in the shapes of the official code.
+
+        With training parts they are all that it loads strictly; without, `rtsm.*` and `aux_head.*`
+        are not there. The tensors are the model's own, not copies.
+
+        Raises:
+            ValueError: the model is folded, its weights are others.
+        """
+        return checkpoint.official_state_dict(self)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json` and `model.safetensors` into a folder, which is made.
+
+        Each is written under another name, flushed to disk and renamed, so that whoever reads finds
+        the old file or the new one, whole.
+
+        Raises:
+            ValueError: the model is folded; fold what `from_pretrained` gives.
+
+        Example:
+            >>> import tempfile
+            >>> model = SiT(SiTConfig(embed_dim=16, depth=2, num_heads=2, stages=(1, 1)))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     model.save_pretrained(folder)
+            ...     SiT.from_pretrained(folder).config == model.config
+            True
+        """
+        pretrained.save(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> SiT:
+        """Reads what `save_pretrained` wrote.
+
+        Args:
+            name: a folder, or the id of a repository on the Hugging Face hub, which takes the
+                package huggingface_hub.
+            revision: of the repository.
+
+        Returns:
+            The model in eval mode, on the CPU, in the dtype in which it was saved.
+
+        Raises:
+            ValueError: files that cannot be read, missing or unexpected names.
+            FileNotFoundError: there is no such folder, or a file is not in it.
+            ImportError: a hub id, and no huggingface_hub.
+        """
+        model = pretrained.load(cls, name, revision=revision)
+        assert isinstance(model, cls)
+        return model

@@ -1,0 +1,29 @@
+"""Every example in a docstring of the models gives what it says."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+import tokenmodels.sit
+import torch
+
+MODULES = ["tokenmodels._blocks"] + [
+    f"tokenmodels.sit.{name}"
+    for name in (
+        *("checkpoint", "config", "distillation", "export"),
+        *("model", "recovery", "slimming", "stem"),
+    )
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name: str) -> None:
+    module = importlib.import_module(name)
+    public = {one: getattr(tokenmodels.sit, one) for one in tokenmodels.sit.__all__}
+    found = doctest.DocTestFinder().find(module, globs=vars(module) | public | {"torch": torch})
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    results = [runner.run(one) for one in found]
+    assert sum(result.attempted for result in results) > 0, "no example"
+    assert all(result.failed == 0 for result in results)
