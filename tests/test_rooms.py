@@ -119,6 +119,7 @@ ROOMS = [
         r"|<torch/(csrc/stable|headeronly)/[\w/]+\.h>|<torch/csrc/inductor/aoti_torch/c/shim\.h>|<\w+>",
         {r"\bat::|\bc10::|\baten::|\bpybind11\b|\bPyObject\b": "ATen, c10 or Python"},
     ),
+    Room("examples/cpp/*", r"<tokenkernels/tokenkernels\.h>|<\w+>", NO_FRAMEWORK),
     Room(
         "csrc/numpy/*",
         rf'{OWN_HEADERS}|"token_rows\.h"|"numpy/\w+\.h"|<pybind11/\w+\.h>|<\w+>|<(pthread|sched)\.h>',
