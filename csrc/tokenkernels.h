@@ -246,6 +246,8 @@ struct ScoreAttention {
 constexpr int64_t kMaxPool = 1023;
 Status score_attention(const ScoreAttention& params, const Pool& pool);
 int64_t score_attention_scratch(const ScoreAttention& params, int threads);
+const char* score_attention_cuda(const ScoreAttention& params, void* stream);
+int64_t score_attention_cuda_scratch(const ScoreAttention& params);
 // merge_adjacent: every window of similar neighbours becomes its size-weighted mean.
 // The N tokens behind the P prefix tokens lie in raster order on a grid; where the window does not
 // divide it, the tokens at the far edges stay. An image (H, W) is the grid {H, 1, W} with the

@@ -38,7 +38,7 @@
 //   launch        launch<kernel<T>>({.blocks, .threads, .shared, .stream}, arguments…) from host
 //                 code: nullptr, or what went wrong in words. No blocks: nothing to do.
 //                 zero(memory, bytes, stream); multiprocessors(), most_shared() of this GPU.
-//   conversion    widen(value) to float, narrow<T>(float) to nearest even.
+//   numbers       widen(value) to float, narrow<T>(float) to nearest even; exp2_flushed(float).
 #pragma once
 
 #include "tokenkernels.h"

@@ -210,4 +210,11 @@ __device__ inline Half narrow<Half>(float value) {
   return {__half_as_ushort(__float2half_rn(value))};
 }
 
+// 2^value to two units in the last place; 0 where that is below 2^-126.
+__device__ inline float exp2_flushed(float value) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
 }  // namespace tk::cuda

@@ -1,7 +1,7 @@
-// score_attention for torch tensors on the CPU.
+// score_attention for torch tensors.
 #include <cmath>
 
-#include "torch/bind.h"
+#include "torch/place.h"
 
 namespace tk::bind {
 namespace {
@@ -47,21 +47,22 @@ void set_tokens(const Tensor& query, const Tensor& key, ScoreAttention& p) {
 }
 
 // (B, N') for the mean over heads, else (B, G | H, N'); sum and maximum one behind the other.
-Tensor output(const ScoreAttention& p) {
+Tensor output(const Place& place, const ScoreAttention& p) {
   const int64_t columns = p.end_column - p.first_column;
   const int64_t heads = p.reduce_heads == Heads::kGroup ? p.key_heads : p.heads;
   const bool mean = p.reduce_heads == Heads::kMean, both = p.sum && p.max;
-  if (both && mean) return empty({2, p.batch, columns}, ScalarType::Float);
-  if (both) return empty({2, p.batch, heads, columns}, ScalarType::Float);
-  if (mean) return empty({p.batch, columns}, ScalarType::Float);
-  return empty({p.batch, heads, columns}, ScalarType::Float);
+  if (both && mean) return place.empty({2, p.batch, columns}, ScalarType::Float);
+  if (both) return place.empty({2, p.batch, heads, columns}, ScalarType::Float);
+  if (mean) return place.empty({p.batch, columns}, ScalarType::Float);
+  return place.empty({p.batch, heads, columns}, ScalarType::Float);
 }
 
-Tensor score_attention_cpu(Tensor query, Tensor key, std::optional<double> scale, bool causal,
-                           std::optional<Tensor> query_positions, std::optional<Tensor> key_lengths,
-                           std::optional<Tensor> lse, std::optional<Tensor> row_weights,
-                           int64_t first_column, int64_t end_column, std::string heads, bool sum,
-                           bool max, int64_t pool_size) {
+Tensor score_attention(Tensor query, Tensor key, std::optional<double> scale, bool causal,
+                       std::optional<Tensor> query_positions, std::optional<Tensor> key_lengths,
+                       std::optional<Tensor> lse, std::optional<Tensor> row_weights,
+                       int64_t first_column, int64_t end_column, std::string heads, bool sum,
+                       bool max, int64_t pool_size) {
+  const Place place(query);
   ScoreAttention p{};
   query = rows_contiguous(query);
   key = rows_contiguous(key);
@@ -86,20 +87,26 @@ Tensor score_attention_cpu(Tensor query, Tensor key, std::optional<double> scale
   check(sum || max, kOp, "reduce: allowed sum, max or both");
   check(pool_size >= 1 && pool_size % 2 == 1 && pool_size <= kMaxPool, kOp,
         "pool: allowed odd, 1 … 1023");
-  Tensor out = output(p);
+  Tensor out = output(place, p);
   p.out = static_cast<float*>(out.data_ptr());
-  const Pool threads = pool();
-  Scratch scratch(score_attention_scratch(p, threads.threads));
-  p.scratch = scratch.data();
-  check(score_attention(p, threads), kOp,
-        "key_lengths, query_positions: allowed 0 … N and at least -1");
+  place.run(
+      kOp, "key_lengths, query_positions: allowed 0 … N and at least -1",
+      [&](const auto& threads) {
+        Scratch scratch(score_attention_scratch(p, threads.threads));
+        p.scratch = scratch.data();
+        return tk::score_attention(p, threads);
+      },
+      [&](auto* stream) {
+        const Tensor scratch = place.scratch(score_attention_cuda_scratch(p));
+        p.scratch = scratch.data_ptr();
+        return score_attention_cuda(p, stream);
+      });
   return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tokenkernels, CPU, m) {
-  m.impl("score_attention", TORCH_BOX(&score_attention_cpu));
-}
+TK_LIBRARY(CPU, m) { TK_IMPL(m, score_attention); }
+TK_LIBRARY(CUDA, m) { TK_IMPL(m, score_attention); }
 
 }  // namespace tk::bind
