@@ -109,6 +109,42 @@ def _large_logits(t: Make) -> dict[str, Any]:
     return kwargs | {"scale": -0.5, "reduce": ("sum", "max")}
 
 
+def _equal_scores(t: Make) -> dict[str, Any]:
+    kwargs = _tokens(t, 2, 4, 2, 5, 133, 16)
+    kwargs["query"][:, 1:] = 0
+    return kwargs | {"causal": True, "heads": "group", "reduce": ("sum", "max"), "pool": 3}
+
+
+def _one_hot(t: Make) -> dict[str, Any]:
+    """Each row gives all of its attention to one key; two keys get that of two rows."""
+    kwargs = _tokens(t, 2, 3, 1, 9, 71, 80)
+    kwargs["key"][:] = torch.eye(80, device=t.device)[:71]
+    kwargs["query"][:] = torch.eye(80, device=t.device)[7::8][torch.arange(9) % 7] * 256
+    return kwargs | {"scale": 1.0, "heads": "none", "reduce": ("sum", "max")}
+
+
+def _logits_of_ten_thousand(t: Make) -> dict[str, Any]:
+    """Integers, so that products are exact, and several of the highest are the same."""
+    kwargs = _tokens(t, 2, 4, 2, 6, 150, 20)
+    for name, most in (("query", 16), ("key", 4)):
+        drawn = t.randint(-most, most + 1, tuple(kwargs[name].shape))
+        kwargs[name] = drawn.to(kwargs[name].dtype)
+    return kwargs | {"scale": 25.0, "reduce": ("sum", "max")}
+
+
+def _nothing_seen(t: Make) -> dict[str, Any]:
+    kwargs = _tokens(t, 3, 2, 1, 4, 40, 24)
+    positions = t.randint(0, 40, (3, 4))
+    positions[1] = -1
+    return kwargs | {
+        "causal": True,
+        "query_positions": positions,
+        "key_lengths": torch.tensor([0, 40, 33], device=t.device),
+        "heads": "group",
+        "reduce": ("sum", "max"),
+    }
+
+
 def _split_heads(t: Make) -> dict[str, Any]:
     tokens = t.randn(2, 50, 3, 4, 16)
     return {
@@ -148,6 +184,10 @@ CASES = [
     Case("weights-group-pool", lambda t: _weighted(t) | {"heads": "group", "pool": 3}),
     Case("unseen-nan", _unseen_nan, ("test", "no-opcheck")),
     Case("large-logits", _large_logits),
+    Case("equal-scores", _equal_scores),
+    Case("one-hot", _one_hot),
+    Case("logits-of-ten-thousand", _logits_of_ten_thousand),
+    Case("nothing-seen", _nothing_seen),
     Case("split-heads", _split_heads),
     Case(
         "text rows L=640 H=32 R=29",
