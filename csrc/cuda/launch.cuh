@@ -37,7 +37,8 @@
 //                 who starts first.
 //   launch        launch<kernel<T>>({.blocks, .threads, .shared, .stream}, arguments…) from host
 //                 code: nullptr, or what went wrong in words. No blocks: nothing to do.
-//                 zero(memory, bytes, stream); multiprocessors(), most_shared() of this GPU.
+//                 zero(memory, bytes, stream); multiprocessors(), most_shared() of this GPU,
+//                 most_cluster<kernel>().
 //   numbers       widen(value) to float, narrow<T>(float) to nearest even; exp2_flushed(float).
 #pragma once
 

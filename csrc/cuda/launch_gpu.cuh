@@ -51,6 +51,17 @@ const char* launch(const Launch& how, Args&&... args) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// The most blocks of a cluster of this kernel: one where it was compiled for a GPU without
+// clusters.
+template <auto kernel>
+int most_cluster() {
+  static const bool knows_clusters = [] {
+    cudaFuncAttributes found{};
+    return cudaFuncGetAttributes(&found, kernel) == cudaSuccess && found.ptxVersion >= 90;
+  }();
+  return knows_clusters ? 8 : 1;
+}
+
 // Bytes set to zero in the order of the stream.
 inline const char* zero(void* to, int64_t bytes, void* stream) {
   if (bytes == 0) return nullptr;

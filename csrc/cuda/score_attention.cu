@@ -54,11 +54,13 @@ __global__ void __launch_bounds__(cuda::kThreads)
 template <class T>
 const char* launch_measure(const ScoreJob& job, void* stream) {
   const int64_t tiles = job.p.key_heads * job.tile.head_tiles * job.tile.row_blocks;
-  return cuda::launch<cuda::measure_kernel<T>>({.blocks = job.p.batch * tiles * job.splits,
-                                                .threads = job.tile.warps() * cuda::kWarp,
-                                                .shared = cuda::measure_bytes<T>(job),
-                                                .stream = stream},
-                                               job);
+  return cuda::launch<cuda::measure_kernel<T>>(
+      {.blocks = job.p.batch * tiles * job.splits * job.cluster,
+       .threads = job.tile.warps() * cuda::kWarp,
+       .shared = cuda::measure_bytes<T>(job),
+       .stream = stream,
+       .cluster = job.cluster},
+      job);
 }
 
 template <class T, ScoreFlow flow>
@@ -122,14 +124,17 @@ int64_t scratch_of(const ScoreAttention& p) {
   return softmax + (cuda::is_direct(job) ? 0 : cuda::share_bytes(job));
 }
 
+bool is_empty(const ScoreAttention& p) { return p.batch == 0 || p.first_column == p.end_column; }
+
 }  // namespace
 
 int64_t score_attention_cuda_scratch(const ScoreAttention& p) {
+  if (is_empty(p)) return 0;
   return p.dtype == DType::kFloat32 ? scratch_of<float>(p) : scratch_of<Half>(p);
 }
 
 const char* score_attention_cuda(const ScoreAttention& p, void* stream) {
-  if (p.batch == 0 || p.first_column == p.end_column) return nullptr;
+  if (is_empty(p)) return nullptr;
   constexpr int64_t kMost = int64_t{1} << 30;
   if (p.keys > kMost || p.rows > kMost) return "allowed 2^30 keys and rows";
   if (p.dtype == DType::kFloat32) return launch_all<float>(p, stream);

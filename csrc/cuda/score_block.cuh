@@ -99,6 +99,11 @@ __device__ inline void write_nothing(const ScoreJob& job, const ScoreUnit& unit,
         write_columns(job, unit, row, keys, first_of(job, key_tile), unit.line + head, result);
 }
 
+// Lines of which a block knows at a time what turns their logits into attention.
+__host__ __device__ inline int line_count(const ScoreJob& job) {
+  return job.kept_lines > 0 ? job.kept_lines : job.tile.line_slots * job.tile.lines();
+}
+
 // What a block has in shared memory.
 template <class T>
 struct ScoreMemory {
@@ -116,7 +121,7 @@ struct ScoreMemory {
     Arena arena;
     line_tiles = arena.shared<T>(tile.line_slots * line_tile);
     key_tiles = arena.shared<T>(tile.key_slots * key_tile);
-    lines = arena.shared<Line>(tile.line_slots * tile.lines());
+    lines = arena.shared<Line>(line_count(job));
     steps = arena.shared<Cursor>(kMostStages);
     joined = arena.shared<float>((job.p.sum + job.p.max) * joined_rows(job, keys) * keys);
     stage = arena.shared<float>(stage_floats(job, keys));
@@ -134,8 +139,9 @@ __device__ void fetch_step(const ScoreJob& job, const ScoreUnit& unit, const Sco
     line_slot = at.line_slot;
     fetch_lines(job, memory.line_tiles + line_slot * memory.line_tile, unit.image, key_head,
                 at.head_tile, at.row_block, at.chunk);
-    if (at.chunk == tile.chunks - 1 && thread() < tile.lines())
-      memory.lines[line_slot * tile.lines() + thread()] = line_of(job, unit, thread(), at);
+    if (job.kept_lines == 0 && at.chunk == tile.chunks - 1 && thread() < tile.lines())
+      memory.lines[line_slot * tile.lines() + thread()] =
+          line_of(job, read_line(job, unit, thread(), at));
   }
   if (at.key_slot != key_slot) {
     key_slot = at.key_slot;
@@ -181,7 +187,8 @@ __device__ void take_tile(const ScoreJob& job, const ScoreUnit& unit, const Scor
   const int keys = tile.keys<T>(), first = first_of(job, at.key_tile);
   const int line = line_warp(job) * kWarpLines, key = key_warp(job) * kWarpKeys<T>;
   const int number = static_cast<int>(job.p.first_column) + first + key;
-  const Line* lines = memory.lines + at.line_slot * tile.lines();
+  const Line* lines = memory.lines + (job.kept_lines > 0 ? kept_lines_of(job, unit, at)
+                                                         : at.line_slot * tile.lines());
   const bool last_head =
       at.head_step + 1 == unit.head_steps && at.head_tile + 1 == unit.end_head_tile;
   if constexpr (flow == ScoreFlow::kMeanFirst) {
@@ -221,12 +228,17 @@ __global__ void __launch_bounds__(kScoreWarps* kWarp, resident(flow))
   const int heads = unit.head_steps * (unit.end_head_tile - unit.head_tile);
   Cursor ahead{unit.key_tile, begin_rows(job, unit, unit.key_tile), 0, unit.head_tile, 0, 0, 0};
   int line_slot = -1, key_slot = -1;
-  Logits<T> sums = {};
-  Columns<T, flow> columns = {};
+  Logits<T> sums;
+  Columns<T, flow> columns;
   const auto fetch = [&](int step) {
     fetch_step<T>(job, unit, memory, step, ahead, line_slot, key_slot);
   };
-  run_steps(tile.stages, rows * heads * tile.chunks, fetch, [&](int step) {
+  const auto ready = [&] {
+    if (job.kept_lines > 0) keep_lines(job, unit, memory.lines);
+    clear(sums);  // here, so that no register holds them before
+    columns = {};
+  };
+  run_steps(tile.stages, rows * heads * tile.chunks, fetch, ready, [&](int step) {
     const Cursor at = memory.steps[step % kMostStages];
     add_logits<T>(job, sums, memory.line_tiles + at.line_slot * memory.line_tile,
                   memory.key_tiles + at.key_slot * memory.key_tile, at.chunk);

@@ -116,28 +116,85 @@ __device__ inline void advance(const ScoreJob& job, const ScoreUnit& unit, Curso
   }
 }
 
-// What turns a line's logits into attention.
-__device__ inline Line line_of(const ScoreJob& job, const ScoreUnit& unit, int line,
-                               const Cursor& at) {
+// What is read for a line: the softmax of its row over the first splits of the keys.
+struct LineSource {
+  static constexpr int kSplits = 4;
+  SplitSoftmax splits[kSplits];
+  const SplitSoftmax* others;
+  float lse, weight;
+  int seen;
+};
+
+__device__ inline LineSource read_line(const ScoreJob& job, const ScoreUnit& unit, int line,
+                                       const Cursor& at) {
   const ScoreAttention& p = job.p;
-  const int each = kWarpLines << job.tile.line_shift;
-  const int key_head = unit.key_head + (at.head_step << job.tile.head_shift) + line / each;
-  const LinePlace place = place_of(job, line & (each - 1), key_head, at.head_tile, at.row_block);
-  const int seen = place.here ? seen_by(p, unit.image, place.row, unit.length) : 0;
-  if (seen == 0) return {0.0f, 0.0f, 0.0f, 0};
-  Line result{0.0f, job.share, 1.0f, seen};
-  if (p.lse != nullptr) {
-    result.shift = kLog2E * p.lse[unit.image * p.lse_strides[0] + place.head * p.lse_strides[1] +
-                                  place.row * p.lse_strides[2]];
-  } else {
-    const SplitSoftmax all = joined_softmax(job, unit.image, place.head, place.row);
-    result.shift = all.peak;
-    result.share = job.share * (1.0f / all.total);
-  }
+  const int shift = kWarpLinesShift + job.tile.line_shift, apart = line >> shift;
+  const int key_head = unit.key_head + (at.head_step << job.tile.head_shift) + apart;
+  const LinePlace place =
+      place_of(job, line - (apart << shift), key_head, at.head_tile, at.row_block);
+  LineSource source{};
+  if (!place.here) return source;
+  source.seen = seen_by(p, unit.image, place.row, unit.length);
+  source.weight = 1.0f;
   if (p.row_weights != nullptr)
-    result.weight =
+    source.weight =
         p.row_weights[unit.image * p.weight_strides[0] + place.row * p.weight_strides[1]];
-  return result;
+  if (p.lse != nullptr) {
+    source.lse = p.lse[unit.image * p.lse_strides[0] + place.head * p.lse_strides[1] +
+                       place.row * p.lse_strides[2]];
+    return source;
+  }
+  const SplitSoftmax* from =
+      job.softmax + ((unit.image * p.heads + place.head) * p.rows + place.row) * job.splits;
+  source.others = from + LineSource::kSplits;
+#pragma unroll
+  for (int split = 0; split < LineSource::kSplits; ++split)
+    if (split < job.splits) source.splits[split] = from[split];
+  return source;
+}
+
+// What turns a line's logits into attention.
+__device__ inline Line line_of(const ScoreJob& job, const LineSource& source) {
+  if (source.seen == 0) return {0.0f, 0.0f, 0.0f, 0};
+  if (job.p.lse != nullptr) return {kLog2E * source.lse, job.share, source.weight, source.seen};
+  SplitSoftmax all = source.splits[0];
+#pragma unroll
+  for (int split = 1; split < LineSource::kSplits; ++split)
+    if (split < job.splits) all = join(all, source.splits[split]);
+  for (int split = LineSource::kSplits; split < job.splits; ++split)
+    all = join(all, source.others[split - LineSource::kSplits]);
+  return {all.peak == -INFINITY ? 0.0f : all.peak, job.share * (1.0f / all.total), source.weight,
+          source.seen};
+}
+
+// The lines of a tile among those that are kept.
+__device__ inline int kept_lines_of(const ScoreJob& job, const ScoreUnit& unit, const Cursor& at) {
+  const int tile =
+      at.head_step * (unit.end_head_tile - unit.head_tile) + at.head_tile - unit.head_tile;
+  return (tile * job.row_blocks_each + at.row_block - unit.row_block) * job.tile.lines();
+}
+
+// All lines of a block, several per thread at a time, so that their reads overlap.
+__device__ inline void keep_lines(const ScoreJob& job, const ScoreUnit& unit, Line* lines) {
+  constexpr int kTogether = 4;
+  const int each = job.tile.lines(), head_tiles = unit.end_head_tile - unit.head_tile;
+  for (int first = thread(); first < job.kept_lines; first += kTogether * threads()) {
+    LineSource sources[kTogether] = {};
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int at = first + i * threads(), tile = at / each;
+      const int head = tile / job.row_blocks_each;
+      Cursor place{};
+      place.row_block = unit.row_block + tile - head * job.row_blocks_each;
+      place.head_step = head / head_tiles;
+      place.head_tile = unit.head_tile + head - place.head_step * head_tiles;
+      if (at < job.kept_lines) sources[i] = read_line(job, unit, at - tile * each, place);
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+      if (first + i * threads() < job.kept_lines)
+        lines[first + i * threads()] = line_of(job, sources[i]);
+  }
 }
 
 // Attention as integers of the same order: NaN comes out on top.

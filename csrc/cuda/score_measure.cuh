@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kScoreWarps* kWarp, 3)
   const ScoreAttention& p = job.p;
   const ScoreTile& tile = job.tile;
   auto number = static_cast<uint32_t>(block());
-  const int split = take(number, job.splits);
+  const int split = take(number, job.splits * job.cluster);
   const int row_block = tile.row_blocks - 1 - take(number, tile.row_blocks);
   const int head_tile = take(number, tile.head_tiles);
   const int key_head = take(number, static_cast<int>(p.key_heads));
@@ -99,37 +99,39 @@ __global__ void __launch_bounds__(kScoreWarps* kWarp, 3)
   Logits<T> sums = {};
   int key = first + key_warp(job) * kWarpKeys<T>, part = 0, slot = 0;
   const int blocks = last > first ? (last - first + keys - 1) / keys : 0;
-  run_steps(tile.stages, blocks * tile.chunks, fetch, [&](int) {
-    const int line_slot = tile.line_slots == 1 ? 0 : slot;
-    const bool some =
-        any(seen[0][0] > key || seen[0][1] > key || seen[1][0] > key || seen[1][1] > key);
-    if (some)
-      add_logits<T>(job, sums, line_tiles + line_slot * tile.lines() * stride,
-                    key_tiles + slot * keys * stride, part);
-    if (++slot == tile.key_slots) slot = 0;
-    if (++part < tile.chunks) return;
-    part = 0;
+  run_steps(
+      tile.stages, blocks * tile.chunks, fetch, [] {},
+      [&](int) {
+        const int line_slot = tile.line_slots == 1 ? 0 : slot;
+        const bool some =
+            any(seen[0][0] > key || seen[0][1] > key || seen[1][0] > key || seen[1][1] > key);
+        if (some)
+          add_logits<T>(job, sums, line_tiles + line_slot * tile.lines() * stride,
+                        key_tiles + slot * keys * stride, part);
+        if (++slot == tile.key_slots) slot = 0;
+        if (++part < tile.chunks) return;
+        part = 0;
 #pragma unroll
-    for (int i = 0; i < I; ++i) {
-      if (!any(seen[i][0] > key || seen[i][1] > key)) continue;
-      const int beyond = key + kWarpKeys<T>;
-      if (any(seen[i][0] < beyond || seen[i][1] < beyond)) {
-        const float none = job.factor > 0 ? -INFINITY : INFINITY;
+        for (int i = 0; i < I; ++i) {
+          if (!any(seen[i][0] > key || seen[i][1] > key)) continue;
+          const int beyond = key + kWarpKeys<T>;
+          if (any(seen[i][0] < beyond || seen[i][1] < beyond)) {
+            const float none = job.factor > 0 ? -INFINITY : INFINITY;
 #pragma unroll
-        for (int j = 0; j < J; ++j)
+            for (int j = 0; j < J; ++j)
 #pragma unroll
-          for (int v = 0; v < 4; ++v) {
-            const int column = key + 8 * j + lane() % 4 * 2 + v % 2;
-            if (column >= seen[i][v / 2]) sums[i][j][v] = none;
+              for (int v = 0; v < 4; ++v) {
+                const int column = key + 8 * j + lane() % 4 * 2 + v % 2;
+                if (column >= seen[i][v / 2]) sums[i][j][v] = none;
+              }
           }
-      }
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        take_logits<J>(softmax[i][half], sums[i], half, job.factor);
-    }
-    clear(sums);
-    key += keys;
-  });
+          for (int half = 0; half < 2; ++half)
+            take_logits<J>(softmax[i][half], sums[i], half, job.factor);
+        }
+        clear(sums);
+        key += keys;
+      });
 
   const float none = job.factor > 0 ? -INFINITY : INFINITY;
 #pragma unroll
@@ -144,30 +146,29 @@ __global__ void __launch_bounds__(kScoreWarps* kWarp, 3)
       if (lane() % 4 == 0) joined[(line << tile.key_shift) + key_warp(job)] = all;
     }
   sync();
+  const int shift = tile.key_shift;
   for (int line = thread(); line < tile.lines(); line += threads()) {
+    SplitSoftmax all = joined[line << shift];
+    for (int k = 1; k < 1 << shift; ++k) all = join(all, joined[(line << shift) + k]);
+    joined[line << shift] = all;
+  }
+  if (job.cluster > 1) sync_cluster();
+  const int step = threads() * job.cluster;
+  for (int line = cluster_rank() * threads() + thread(); line < tile.lines(); line += step) {
     const LinePlace place = place_of(job, line, key_head, head_tile, row_block);
     if (!place.here) continue;
-    SplitSoftmax all = joined[line << tile.key_shift];
-    for (int k = 1; k < 1 << tile.key_shift; ++k)
-      all = join(all, joined[(line << tile.key_shift) + k]);
-    job.softmax[((image * p.heads + place.head) * p.rows + place.row) * job.splits + split] = all;
+    SplitSoftmax shares[kMostCluster];
+#pragma unroll
+    for (int rank = 0; rank < kMostCluster; ++rank)
+      if (rank < job.cluster) shares[rank] = shared_of(joined, rank)[line << shift];
+    SplitSoftmax all = shares[0];
+#pragma unroll
+    for (int rank = 1; rank < kMostCluster; ++rank)
+      if (rank < job.cluster) all = join(all, shares[rank]);
+    job.softmax[((image * p.heads + place.head) * p.rows + place.row) * job.splits +
+                split / job.cluster] = all;
   }
-}
-
-// Peak and sum of a row over all splits of the keys.
-__device__ inline SplitSoftmax joined_softmax(const ScoreJob& job, int64_t image, int64_t head,
-                                              int row) {
-  const SplitSoftmax* from =
-      job.softmax + ((image * job.p.heads + head) * job.p.rows + row) * job.splits;
-  SplitSoftmax all{-INFINITY, 0.0f};
-#pragma unroll 8
-  for (int split = 0; split < job.splits; ++split) all.peak = fmaxf(all.peak, from[split].peak);
-  const float shift = all.peak == -INFINITY ? 0.0f : all.peak;
-#pragma unroll 8
-  for (int split = 0; split < job.splits; ++split)
-    all.total += from[split].total * exp2_flushed(from[split].peak - shift);
-  all.peak = shift;
-  return all;
+  if (job.cluster > 1) sync_cluster();
 }
 
 }  // namespace tk::cuda

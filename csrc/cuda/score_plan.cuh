@@ -11,6 +11,7 @@ constexpr int kMostShares = 16;           // of the rows of a block of keys
 constexpr int kMostSplits = 48;           // of the keys of a tile of rows
 constexpr int64_t kPlaces = 384;          // three blocks on each of 128 multiprocessors
 constexpr int64_t kInOrderBelow = 40;     // elements of float32 rows: there tensor cores err more
+constexpr int64_t kMostKept = 1024;       // lines that are found once
 constexpr int64_t kRoomy = 75 * 1024;     // bytes of shared memory that leave room for three blocks
 constexpr int64_t kMostRoom = 99 * 1024;  // that every GPU since sm_80 has
 
@@ -44,7 +45,7 @@ ScoreJob job_of(const ScoreAttention& p) {
   for (int i = 0; i < 3; ++i)
     job.wide = job.wide && fetches_wide<T>(p.query, p.query_strides[i], p.dim) &&
                fetches_wide<T>(p.key, p.key_strides[i], p.dim);
-  job.splits = job.parts = job.units = job.tiles_each = 1;
+  job.splits = job.cluster = job.parts = job.units = job.tiles_each = 1;
   return job;
 }
 
@@ -75,29 +76,45 @@ int64_t measure_bytes(const ScoreJob& job) {
 template <class T>
 int64_t score_bytes(const ScoreJob& job) {
   const int keys = job.tile.keys<T>(), results = job.p.sum + job.p.max;
-  return tile_bytes<T>(job.tile) + shared_bytes<Line>(job.tile.line_slots * job.tile.lines()) +
+  return tile_bytes<T>(job.tile) + shared_bytes<Line>(line_count(job)) +
          shared_bytes<Cursor>(kMostStages) +
          shared_bytes<float>(results * joined_rows(job, keys) * keys) +
          shared_bytes<float>(stage_floats(job, keys));
 }
 
 // How much of a row goes at a time, and in how many steps it is asked for ahead: as much as leaves
-// room for three blocks. float32 goes by 32 always, so that both passes add in the same order.
+// room for as many blocks as there are. float32 goes by 32 always, so that both passes add in the
+// same order; else nothing of this changes a bit.
 template <class T, class Bytes>
-void lay_depth(ScoreJob& job, int64_t line_tiles, int64_t key_tiles, const Bytes& bytes) {
+void lay_depth(ScoreJob& job, int64_t line_tiles, int64_t key_tiles, int64_t blocks,
+               const Bytes& bytes) {
   constexpr int least_shift = sizeof(T) == 4 ? 3 : 4, most_shift = sizeof(T) == 4 ? 5 : 7;
   ScoreTile& tile = job.tile;
   const int whole = log_of(job.p.dim);
+  const int64_t each = quotient(blocks, multiprocessors());  // on a multiprocessor
+  const int64_t share = each > 2 ? 0 : most_shared() / each - (each - 1) * 1024;
+  const int64_t room = share > kRoomy ? share : kRoomy, most = room > kMostRoom ? room : kMostRoom;
   tile.depth_shift = whole < least_shift ? least_shift : least(whole, most_shift);
   for (;; --tile.depth_shift) {
     tile.chunks = static_cast<int>(quotient(job.p.dim, int64_t{1} << tile.depth_shift));
     for (tile.stages = kMostStages; tile.stages >= 2; --tile.stages) {
       tile.line_slots = line_tiles * tile.chunks > 1 ? tile.stages : 1;
       tile.key_slots = key_tiles * tile.chunks > 1 ? tile.stages : 1;
-      const bool last = tile.stages == 2;
-      if (bytes(job) <= (last ? kMostRoom : kRoomy)) return;
+      if (bytes(job) <= (tile.stages > 2 ? room : most)) return;
     }
   }
+}
+
+// Splits the blocks of keys of a tile of lines, so that there is work for all; a cluster of blocks
+// that share a split join what they found, as the second pass would have to for every tile.
+inline void lay_splits(ScoreJob& job, int64_t tiles, int64_t blocks, int most_cluster) {
+  const int64_t wanted = kPlaces / tiles;
+  job.blocks_each = static_cast<int>(quotient(blocks, wanted < 1 ? 1 : least(wanted, kMostSplits)));
+  const int64_t splits = quotient(blocks, job.blocks_each);
+  const auto spare = [&] { return quotient(splits, job.cluster) * job.cluster - splits; };
+  job.cluster = most_cluster;
+  while (job.cluster > 1 && (job.cluster > splits || spare() > splits / 8)) job.cluster /= 2;
+  job.splits = static_cast<int>(quotient(splits, job.cluster));
 }
 
 // The first pass.
@@ -112,10 +129,9 @@ ScoreJob measuring_of(const ScoreAttention& p) {
   lay_lines(job, false, 0);
   const int64_t tiles = p.key_heads * tile.head_tiles * tile.row_blocks;
   const int64_t blocks = quotient(p.keys, tile.keys<T>());
-  const int64_t wanted = kPlaces / tiles;
-  job.blocks_each = static_cast<int>(quotient(blocks, wanted < 1 ? 1 : least(wanted, kMostSplits)));
-  job.splits = static_cast<int>(quotient(blocks, job.blocks_each));
-  lay_depth<T>(job, 1, job.blocks_each, measure_bytes<T>);
+  lay_splits(job, tiles, quotient(p.keys, tile.keys<T>()), most_cluster<measure_kernel<T>>());
+  lay_depth<T>(job, 1, job.blocks_each, p.batch * tiles * job.splits * job.cluster,
+               measure_bytes<T>);
   return job;
 }
 
@@ -192,11 +208,14 @@ ScoreJob scoring_of(const ScoreAttention& p) {
       p.reduce_heads == Heads::kMean ? quotient(p.key_heads, 1 << tile.head_shift) : 1;
   const int64_t head_tiles = p.reduce_heads == Heads::kNone ? 1 : tile.head_tiles;
   const int64_t line_tiles = steps * head_tiles * job.row_blocks_each;
+  const int64_t lines = line_tiles * tile.lines();
+  job.kept_lines = lines <= kMostKept ? static_cast<int>(lines) : 0;
   if (line_tiles == 1) {
     const int64_t each = int64_t{job.units} * job.key_tiles / kPlaces;
-    job.tiles_each = each < 1 ? 1 : static_cast<int>(each);
+    job.tiles_each = each < 1 ? 1 : least(each, job.key_tiles);
   }
-  lay_depth<T>(job, line_tiles, steps * job.tiles_each, score_bytes<T>);
+  const int64_t blocks = p.batch * job.units * job.parts * quotient(job.key_tiles, job.tiles_each);
+  lay_depth<T>(job, line_tiles, steps * job.tiles_each, blocks, score_bytes<T>);
   return job;
 }
 

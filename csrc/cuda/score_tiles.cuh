@@ -13,7 +13,7 @@ namespace tk::cuda {
 
 constexpr int kWarpLinesShift = 5, kWarpLines = 1 << kWarpLinesShift;
 constexpr int kScoreWarps = 4;  // of a block, at most
-constexpr int kMostStages = 4;
+constexpr int kMostStages = 4, kMostCluster = 8;
 constexpr float kLog2E = 1.44269504088896341f;
 
 template <class T>
@@ -75,13 +75,15 @@ struct ScoreJob {
   bool wide;              // rows can be fetched 16 bytes at a time
   SplitSoftmax* softmax;  // (B, H, R, splits)
   int splits, blocks_each;
+  int cluster;  // blocks that join their shares of a split
   // Of the second pass:
   ScoreFlow flow;
   float share;  // of a head in its mean
   int units, parts, row_blocks_each;
   int reach;  // keys on either side that are scored for the average of others
   int own, key_tiles, tiles_each;
-  float* out;  // (parts, results, B, lines, columns)
+  int kept_lines;  // what turns logits into attention is found once for so many lines, or per tile
+  float* out;      // (parts, results, B, lines, columns)
 };
 
 // Where this warp's tile lies among those of its block: along the keys, and along the lines of all
@@ -294,9 +296,11 @@ __device__ inline void wait_stage(int stages) {
   wait_copies<2>();
 }
 
-// Runs use(step) for `steps` steps, each after a sync, fetch(step) being called stages − 1 ahead.
-template <class Fetch, class Use>
-__device__ void run_steps(int stages, int steps, const Fetch& fetch, const Use& use) {
+// Runs use(step) for `steps` steps, each after a sync, fetch(step) being called stages − 1 ahead;
+// between the first fetches and the first use, ready().
+template <class Fetch, class Ready, class Use>
+__device__ void run_steps(int stages, int steps, const Fetch& fetch, const Ready& ready,
+                          const Use& use) {
   for (int step = 1 - stages; step < steps; ++step) {
     if (step >= 0) {
       wait_stage(stages);
@@ -304,6 +308,7 @@ __device__ void run_steps(int stages, int steps, const Fetch& fetch, const Use& 
     }
     if (step + stages - 1 < steps) fetch(step + stages - 1);
     commit_copies();
+    if (step == -1) ready();
     if (step >= 0) use(step);
   }
 }

@@ -85,6 +85,11 @@ void settle_reduce(Exchanges lanes, uint32_t mask) {
 
 inline int64_t most_shared() { return 227 * 1024; }
 
+template <auto kernel>
+int most_cluster() {
+  return 8;
+}
+
 template <auto kernel, class... Params>
 const char* launch_as(void (*)(Params...), const char* name, const Launch& how,
                       std::type_identity_t<Params>... params) {
