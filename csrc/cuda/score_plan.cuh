@@ -32,6 +32,11 @@ inline int64_t lines_of(const ScoreAttention& p) {  // of the output of an image
                                            : p.heads;
 }
 
+// Whether rows of a block of keys may be shared out, which takes one more launch.
+inline bool may_share(const ScoreAttention& p) {
+  return p.reduce_heads != ScoreAttention::Heads::kNone && p.rows > kNeverShared;
+}
+
 // What both passes share.
 template <class T>
 ScoreJob job_of(const ScoreAttention& p) {
@@ -92,8 +97,9 @@ void lay_depth(ScoreJob& job, int64_t line_tiles, int64_t key_tiles, int64_t blo
   ScoreTile& tile = job.tile;
   const int whole = log_of(job.p.dim);
   const int64_t each = quotient(blocks, multiprocessors());  // on a multiprocessor
-  const int64_t share = each > 2 ? 0 : most_shared() / each - (each - 1) * 1024;
-  const int64_t room = share > kRoomy ? share : kRoomy, most = room > kMostRoom ? room : kMostRoom;
+  const int64_t half = most_shared() / 2 - 1024;
+  const int64_t room = each == 1 ? most_shared() : each == 2 && half > kRoomy ? half : kRoomy;
+  const int64_t two = half > kMostRoom ? half : kMostRoom, most = room > two ? room : two;
   tile.depth_shift = whole < least_shift ? least_shift : least(whole, most_shift);
   for (;; --tile.depth_shift) {
     tile.chunks = static_cast<int>(quotient(job.p.dim, int64_t{1} << tile.depth_shift));
@@ -160,7 +166,8 @@ void lay_score(ScoreJob& job) {
   const int64_t rows = int64_t{1} << log_of(p.rows > least_rows ? p.rows : 2);
   const int64_t folded = one_head ? rows : rows * job.group;
   const int64_t least_keys = p.pool <= 16 || job.reach == 0 ? 1 : 2 * p.pool;
-  tile.line_shift = folded > 128 ? 1 : folded > 64 ? 2 : folded > 32 ? 1 : 0;
+  const bool many = p.reduce_heads == Heads::kMean && p.key_heads > 1;  // tiles of lines
+  tile.line_shift = folded <= 32 ? 0 : folded > 64 && folded <= 128 && !many ? 2 : 1;
   tile.key_shift = 2 - tile.line_shift;
   for (; tile.keys<T>() < least_keys; ++tile.key_shift)
     if (tile.line_shift > 0) --tile.line_shift;
@@ -169,7 +176,8 @@ void lay_score(ScoreJob& job) {
     lay_keys<T>(job);
     job.units = p.reduce_heads == Heads::kMean ? 1 : static_cast<int>(p.key_heads);
     if (p.reduce_heads == Heads::kNone) job.units *= tile.head_tiles;
-    const bool empty = int64_t{job.units} * job.key_tiles < kPlaces * 2 / 3;
+    const int shares = may_share(p) ? least(tile.row_blocks, kMostShares) : 1;
+    const bool empty = int64_t{job.units} * job.key_tiles * shares < kPlaces * 2 / 3;
     if (!empty || tile.key_shift == 0 || tile.keys<T>() / 2 < least_keys) return;
     --tile.key_shift;
     if (folded > kWarpLines << tile.line_shift)
@@ -196,7 +204,7 @@ ScoreJob scoring_of(const ScoreAttention& p) {
   job.reach = p.pool <= kMostPooled ? static_cast<int>(p.pool / 2) : 0;
   lay_score<T>(job);
   job.row_blocks_each = tile.row_blocks;
-  if (p.reduce_heads != Heads::kNone && p.rows > kNeverShared) {
+  if (may_share(p)) {
     const int64_t wanted = 3 * kPlaces / (int64_t{job.units} * job.key_tiles);
     job.row_blocks_each =
         static_cast<int>(quotient(tile.row_blocks, wanted < 1 ? 1 : least(wanted, kMostShares)));
@@ -216,6 +224,12 @@ ScoreJob scoring_of(const ScoreAttention& p) {
   }
   const int64_t blocks = p.batch * job.units * job.parts * quotient(job.key_tiles, job.tiles_each);
   lay_depth<T>(job, line_tiles, steps * job.tiles_each, blocks, score_bytes<T>);
+  if (job.kept_lines > 0 && tile.chunks > 1) {  // where they take the room of longer chunks
+    ScoreJob other = job;
+    other.kept_lines = 0;
+    lay_depth<T>(other, line_tiles, steps * job.tiles_each, blocks, score_bytes<T>);
+    if (other.tile.chunks < tile.chunks) return other;
+  }
   return job;
 }
 
