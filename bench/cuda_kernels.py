@@ -50,6 +50,11 @@ KERNELS = {
     r"merge_backward: .*": Launched(256, loads=2),
     r"merge_runs: .*true>": Launched(256, 384, 5),
     r"merge_runs: .*": Launched(256, 384),
+    r"score_attention: finish_kernel": Launched(256, 1344),
+    r"score_attention: measure_kernel<.*": Launched(128, 70656, 8),
+    r"score_attention: score_kernel<.*0>": Launched(128, 74864, 8),
+    r"score_attention: score_kernel<.*1>": Launched(128, 73024, 8),
+    r"score_attention: score_kernel<.*2>": Launched(128, 220272, 24),
 }
 """The first pattern that a name matches counts."""
 
@@ -62,6 +67,11 @@ def _gather_topk(kwargs: dict[str, Any]) -> tuple[int, int]:
     return 1 + two, 1 + fused
 
 
+def _score_attention(kwargs: dict[str, Any]) -> tuple[int, int]:
+    shared_out = kwargs.get("heads") != "none" and kwargs["query"].shape[2] > 64
+    return 1 + (kwargs.get("lse") is None) + (shared_out or kwargs.get("pool", 1) > 63), 0
+
+
 CALLS: dict[str, Launches] = {
     "accumulate_codes": lambda kwargs: (4, 0),
     "compact_kv": lambda kwargs: (1, 0),
@@ -71,6 +81,7 @@ CALLS: dict[str, Launches] = {
     "merge_adjacent": lambda kwargs: (2, 1),
     "merge_backward": lambda kwargs: (1, 0),
     "merge_runs": lambda kwargs: (2, 1),
+    "score_attention": _score_attention,
 }
 """Launches of a call, forward and backward; a memset counts."""
 

@@ -52,21 +52,40 @@ __global__ void __launch_bounds__(cuda::kThreads)
 }
 
 template <class T>
+__global__ void __launch_bounds__(cuda::kScoreWarps* cuda::kWarp, 3)
+    measure_kernel(const __grid_constant__ ScoreJob job) {
+  cuda::measure_tile<T>(job);
+}
+
+// Blocks of the second pass that are to find room on a multiprocessor.
+constexpr int resident(ScoreFlow flow) { return flow == ScoreFlow::kSums ? 3 : 2; }
+
+template <class T, ScoreFlow flow>
+__global__ void __launch_bounds__(cuda::kScoreWarps* cuda::kWarp, resident(flow))
+    score_kernel(const __grid_constant__ ScoreJob job) {
+  cuda::score_keys<T, flow>(job);
+}
+
+template <class T>
+ScoreJob measuring_of(const ScoreAttention& p) {
+  return cuda::measuring_of<T>(p, cuda::most_cluster<measure_kernel<T>>());
+}
+
+template <class T>
 const char* launch_measure(const ScoreJob& job, void* stream) {
   const int64_t tiles = job.p.key_heads * job.tile.head_tiles * job.tile.row_blocks;
-  return cuda::launch<cuda::measure_kernel<T>>(
-      {.blocks = job.p.batch * tiles * job.splits * job.cluster,
-       .threads = job.tile.warps() * cuda::kWarp,
-       .shared = cuda::measure_bytes<T>(job),
-       .stream = stream,
-       .cluster = job.cluster},
-      job);
+  return cuda::launch<measure_kernel<T>>({.blocks = job.p.batch * tiles * job.splits * job.cluster,
+                                          .threads = job.tile.warps() * cuda::kWarp,
+                                          .shared = cuda::measure_bytes<T>(job),
+                                          .stream = stream,
+                                          .cluster = job.cluster},
+                                         job);
 }
 
 template <class T, ScoreFlow flow>
 const char* launch_flow(const ScoreJob& job, void* stream) {
   const int64_t groups = (job.key_tiles + job.tiles_each - 1) / job.tiles_each;
-  return cuda::launch<cuda::score_kernel<T, flow>>(
+  return cuda::launch<score_kernel<T, flow>>(
       {.blocks = job.p.batch * job.units * job.parts * groups,
        .threads = job.tile.warps() * cuda::kWarp,
        .shared = cuda::score_bytes<T>(job),
@@ -105,7 +124,7 @@ const char* launch_all(const ScoreAttention& p, void* stream) {
   ScoreJob job = cuda::scoring_of<T>(p);
   auto* scratch = static_cast<char*>(p.scratch);
   if (p.lse == nullptr) {
-    ScoreJob measuring = cuda::measuring_of<T>(p);
+    ScoreJob measuring = measuring_of<T>(p);
     measuring.softmax = job.softmax = reinterpret_cast<cuda::SplitSoftmax*>(scratch);
     job.splits = measuring.splits;
     scratch += cuda::softmax_bytes(measuring);
@@ -120,7 +139,7 @@ const char* launch_all(const ScoreAttention& p, void* stream) {
 template <class T>
 int64_t scratch_of(const ScoreAttention& p) {
   const ScoreJob job = cuda::scoring_of<T>(p);
-  const int64_t softmax = p.lse == nullptr ? cuda::softmax_bytes(cuda::measuring_of<T>(p)) : 0;
+  const int64_t softmax = p.lse == nullptr ? cuda::softmax_bytes(measuring_of<T>(p)) : 0;
   return softmax + (cuda::is_direct(job) ? 0 : cuda::share_bytes(job));
 }
 

@@ -208,12 +208,8 @@ __device__ void take_tile(const ScoreJob& job, const ScoreUnit& unit, const Scor
     give_columns<T, flow>(job, unit, memory.joined, keys, first, columns);
 }
 
-// How many blocks of the second pass are to find room on a multiprocessor.
-constexpr int resident(ScoreFlow flow) { return flow == ScoreFlow::kSums ? 3 : 2; }
-
 template <class T, ScoreFlow flow>
-__global__ void __launch_bounds__(kScoreWarps* kWarp, resident(flow))
-    score_kernel(const __grid_constant__ ScoreJob job) {
+__device__ void score_keys(const ScoreJob& job) {
   const ScoreTile& tile = job.tile;
   const ScoreUnit unit = unit_of(job);
   const ScoreMemory<T> memory(job, tile.keys<T>());

@@ -44,8 +44,7 @@ __device__ void take_logits(LaneSoftmax& softmax, const float (&sums)[J][4], int
 
 // Peaks and sums of a tile of lines over `blocks_each` blocks of keys. The longest rows come first.
 template <class T>
-__global__ void __launch_bounds__(kScoreWarps* kWarp, 3)
-    measure_kernel(const __grid_constant__ ScoreJob job) {
+__device__ void measure_tile(const ScoreJob& job) {
   constexpr int I = kWarpLines / 16, J = kWarpKeys<T> / 8;
   const ScoreAttention& p = job.p;
   const ScoreTile& tile = job.tile;

@@ -125,7 +125,7 @@ inline void lay_splits(ScoreJob& job, int64_t tiles, int64_t blocks, int most_cl
 
 // The first pass.
 template <class T>
-ScoreJob measuring_of(const ScoreAttention& p) {
+ScoreJob measuring_of(const ScoreAttention& p, int most_cluster) {
   ScoreJob job = job_of<T>(p);
   ScoreTile& tile = job.tile;
   const int64_t folded = (int64_t{1} << log_of(p.rows)) * job.group;
@@ -135,7 +135,7 @@ ScoreJob measuring_of(const ScoreAttention& p) {
   lay_lines(job, false, 0);
   const int64_t tiles = p.key_heads * tile.head_tiles * tile.row_blocks;
   const int64_t blocks = quotient(p.keys, tile.keys<T>());
-  lay_splits(job, tiles, quotient(p.keys, tile.keys<T>()), most_cluster<measure_kernel<T>>());
+  lay_splits(job, tiles, quotient(p.keys, tile.keys<T>()), most_cluster);
   lay_depth<T>(job, 1, job.blocks_each, p.batch * tiles * job.splits * job.cluster,
                measure_bytes<T>);
   return job;
