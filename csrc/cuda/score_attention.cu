@@ -5,8 +5,9 @@
 namespace tk {
 namespace {
 
-using cuda::ScoreFlow;
-using cuda::ScoreJob;
+namespace score = cuda::score;
+using score::ScoreFlow;
+using score::ScoreJob;
 
 constexpr int kFinished = 256;  // columns of a block
 constexpr int kEight = 8;       // that are summed up before windows are
@@ -28,7 +29,7 @@ __global__ void __launch_bounds__(cuda::kThreads)
     float value = 0;
     for (int share = 0; share < count && column >= 0 && column < columns; ++share) {
       const float next = shares[(share * lines + line) * columns + column];
-      value = line < totals ? value + next : cuda::higher(value, next);
+      value = line < totals ? value + next : score::higher(value, next);
     }
     values[at] = value;
   }
@@ -52,23 +53,23 @@ __global__ void __launch_bounds__(cuda::kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(cuda::kScoreWarps* cuda::kWarp, 3)
+__global__ void __launch_bounds__(score::kScoreWarps* cuda::kWarp, 3)
     measure_kernel(const __grid_constant__ ScoreJob job) {
-  cuda::measure_tile<T>(job);
+  score::measure_tile<T>(job);
 }
 
 // Blocks of the second pass that are to find room on a multiprocessor.
 constexpr int resident(ScoreFlow flow) { return flow == ScoreFlow::kSums ? 3 : 2; }
 
 template <class T, ScoreFlow flow>
-__global__ void __launch_bounds__(cuda::kScoreWarps* cuda::kWarp, resident(flow))
+__global__ void __launch_bounds__(score::kScoreWarps* cuda::kWarp, resident(flow))
     score_kernel(const __grid_constant__ ScoreJob job) {
-  cuda::score_keys<T, flow>(job);
+  score::score_keys<T, flow>(job);
 }
 
 template <class T>
 ScoreJob measuring_of(const ScoreAttention& p) {
-  return cuda::measuring_of<T>(p, cuda::most_cluster<measure_kernel<T>>());
+  return score::measuring_of<T>(p, cuda::most_cluster<measure_kernel<T>>());
 }
 
 template <class T>
@@ -76,7 +77,7 @@ const char* launch_measure(const ScoreJob& job, void* stream) {
   const int64_t tiles = job.p.key_heads * job.tile.head_tiles * job.tile.row_blocks;
   return cuda::launch<measure_kernel<T>>({.blocks = job.p.batch * tiles * job.splits * job.cluster,
                                           .threads = job.tile.warps() * cuda::kWarp,
-                                          .shared = cuda::measure_bytes<T>(job),
+                                          .shared = score::measure_bytes<T>(job),
                                           .stream = stream,
                                           .cluster = job.cluster},
                                          job);
@@ -88,7 +89,7 @@ const char* launch_flow(const ScoreJob& job, void* stream) {
   return cuda::launch<score_kernel<T, flow>>(
       {.blocks = job.p.batch * job.units * job.parts * groups,
        .threads = job.tile.warps() * cuda::kWarp,
-       .shared = cuda::score_bytes<T>(job),
+       .shared = score::score_bytes<T>(job),
        .stream = stream},
       job);
 }
@@ -108,7 +109,7 @@ const char* launch_score(const ScoreJob& job, void* stream) {
 const char* launch_finish(const ScoreJob& job, void* stream) {
   const ScoreAttention& p = job.p;
   const int64_t columns = p.end_column - p.first_column;
-  const int64_t lines = (p.sum + p.max) * p.batch * cuda::lines_of(p);
+  const int64_t lines = (p.sum + p.max) * p.batch * score::lines_of(p);
   const int pool = static_cast<int>(p.pool);
   const int64_t room = kFinished + pool + kEight;
   return cuda::launch<finish_kernel>(
@@ -116,21 +117,21 @@ const char* launch_finish(const ScoreJob& job, void* stream) {
        .threads = cuda::kThreads,
        .shared = cuda::shared_bytes<float>(room) + cuda::shared_bytes<float>(room / kEight),
        .stream = stream},
-      job.out, p.out, job.parts, lines, p.sum ? p.batch * cuda::lines_of(p) : 0, columns, pool);
+      job.out, p.out, job.parts, lines, p.sum ? p.batch * score::lines_of(p) : 0, columns, pool);
 }
 
 template <class T>
 const char* launch_all(const ScoreAttention& p, void* stream) {
-  ScoreJob job = cuda::scoring_of<T>(p);
+  ScoreJob job = score::scoring_of<T>(p);
   auto* scratch = static_cast<char*>(p.scratch);
   if (p.lse == nullptr) {
     ScoreJob measuring = measuring_of<T>(p);
-    measuring.softmax = job.softmax = reinterpret_cast<cuda::SplitSoftmax*>(scratch);
+    measuring.softmax = job.softmax = reinterpret_cast<score::SplitSoftmax*>(scratch);
     job.splits = measuring.splits;
-    scratch += cuda::softmax_bytes(measuring);
+    scratch += score::softmax_bytes(measuring);
     if (const char* error = launch_measure<T>(measuring, stream); error != nullptr) return error;
   }
-  const bool direct = cuda::is_direct(job);
+  const bool direct = score::is_direct(job);
   job.out = direct ? p.out : reinterpret_cast<float*>(scratch);
   const char* error = launch_score<T>(job, stream);
   return direct || error != nullptr ? error : launch_finish(job, stream);
@@ -138,9 +139,9 @@ const char* launch_all(const ScoreAttention& p, void* stream) {
 
 template <class T>
 int64_t scratch_of(const ScoreAttention& p) {
-  const ScoreJob job = cuda::scoring_of<T>(p);
-  const int64_t softmax = p.lse == nullptr ? cuda::softmax_bytes(measuring_of<T>(p)) : 0;
-  return softmax + (cuda::is_direct(job) ? 0 : cuda::share_bytes(job));
+  const ScoreJob job = score::scoring_of<T>(p);
+  const int64_t softmax = p.lse == nullptr ? score::softmax_bytes(measuring_of<T>(p)) : 0;
+  return softmax + (score::is_direct(job) ? 0 : score::share_bytes(job));
 }
 
 bool is_empty(const ScoreAttention& p) { return p.batch == 0 || p.first_column == p.end_column; }

@@ -3,7 +3,7 @@
 
 #include "cuda/score_keys.cuh"
 
-namespace tk::cuda {
+namespace tk::cuda::score {
 
 constexpr int kStageGap = 8;  // floats that keep neighbouring lines in other banks
 
@@ -244,4 +244,4 @@ __device__ void score_keys(const ScoreJob& job) {
   });
 }
 
-}  // namespace tk::cuda
+}  // namespace tk::cuda::score

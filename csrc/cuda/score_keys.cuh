@@ -4,7 +4,7 @@
 
 #include "cuda/score_measure.cuh"
 
-namespace tk::cuda {
+namespace tk::cuda::score {
 
 // attention = 2^(logit − shift) · share; `weight` in the sum; the row sees so many keys.
 struct alignas(16) Line {
@@ -354,4 +354,4 @@ __device__ void finish_columns(const ScoreJob& job, const ScoreUnit& unit, float
   write_columns(job, unit, rows, keys, first, unit.line, result);
 }
 
-}  // namespace tk::cuda
+}  // namespace tk::cuda::score

@@ -4,7 +4,7 @@
 
 #include "cuda/score_tiles.cuh"
 
-namespace tk::cuda {
+namespace tk::cuda::score {
 
 // The softmax over two sets of keys.
 __device__ inline SplitSoftmax join(const SplitSoftmax& a, const SplitSoftmax& b) {
@@ -170,4 +170,4 @@ __device__ void measure_tile(const ScoreJob& job) {
   if (job.cluster > 1) sync_cluster();
 }
 
-}  // namespace tk::cuda
+}  // namespace tk::cuda::score

@@ -3,7 +3,7 @@
 
 #include "cuda/score_block.cuh"
 
-namespace tk::cuda {
+namespace tk::cuda::score {
 
 constexpr int64_t kMostPooled = 63;       // columns averaged in the launch that scores them
 constexpr int64_t kNeverShared = 64;      // rows that are not shared out
@@ -242,4 +242,4 @@ inline int64_t share_bytes(const ScoreJob& job) {
          (p.end_column - p.first_column) * int64_t{sizeof(float)};
 }
 
-}  // namespace tk::cuda
+}  // namespace tk::cuda::score

@@ -9,7 +9,7 @@
 
 #include "cuda/product.cuh"
 
-namespace tk::cuda {
+namespace tk::cuda::score {
 
 constexpr int kWarpLinesShift = 5, kWarpLines = 1 << kWarpLinesShift;
 constexpr int kScoreWarps = 4;  // of a block, at most
@@ -313,4 +313,4 @@ __device__ void run_steps(int stages, int steps, const Fetch& fetch, const Ready
   }
 }
 
-}  // namespace tk::cuda
+}  // namespace tk::cuda::score
