@@ -54,7 +54,7 @@ ScoreJob job_of(const ScoreAttention& p) {
   return job;
 }
 
-// Lays rows and heads out in the lines of a tile; `apart`: of one head only.
+// Lays rows and heads out in the lines of a tile; `one_head`: rows of one head only.
 inline void lay_lines(ScoreJob& job, bool one_head, int least_rows) {
   ScoreTile& tile = job.tile;
   const int lines = tile.line_shift + kWarpLinesShift, rows = log_of(job.p.rows);
@@ -134,7 +134,6 @@ ScoreJob measuring_of(const ScoreAttention& p, int most_cluster) {
   while (tile.key_shift > 0 && tile.keys<T>() / 2 >= p.keys) --tile.key_shift;
   lay_lines(job, false, 0);
   const int64_t tiles = p.key_heads * tile.head_tiles * tile.row_blocks;
-  const int64_t blocks = quotient(p.keys, tile.keys<T>());
   lay_splits(job, tiles, quotient(p.keys, tile.keys<T>()), most_cluster);
   lay_depth<T>(job, 1, job.blocks_each, p.batch * tiles * job.splits * job.cluster,
                measure_bytes<T>);
