@@ -75,8 +75,7 @@ void come(GateState& gate) {
 // Bulk copies see what threads wrote only behind a fence of theirs.
 void check_fenced(const void* from, size_t bytes) {
   const Block& block = *now.block;
-  for (size_t i = 0; i < bytes; ++i) {
-    const Cell::Access& write = block.cells[static_cast<size_t>(place_in_arena(from)) + i].write;
+  for (const Cell::Access& write : writes_of(from, bytes)) {
     const int thread = write.thread & 1023;
     const bool fenced = write.stamp < block.fibers[static_cast<size_t>(thread)].fenced;
     if (write.kind != Cell::kCopied && !fenced)

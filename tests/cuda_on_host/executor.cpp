@@ -2,6 +2,7 @@
 #include "cuda_on_host/executor.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -21,23 +22,25 @@ void* scheduler_stack;
 int fixed_order = -1, fixed_window = 0;
 unsigned launches;
 
+// The next thread of the block that can move takes over, or, if there is none, the scheduler.
+void switch_away(void** keep) {
+  Block& block = *now.block;
+  if (block.next_ready == block.end_ready) return tk_switch(keep, scheduler_stack);
+  const int thread = block.ready[block.next_ready++ & (block.ready.size() - 1)];
+  blame(thread);
+  now.stack = reinterpret_cast<uintptr_t>(now.fiber->stack);
+  tk_switch(keep, now.fiber->stack_pointer);
+}
+
 void start() {
   now.grid.body(now.grid.context);
   check_copies_done();
+  if (!intact(now.fiber->stack)) fault("a thread needs more than 64 KB of stack");
   now.fiber->state = State::kDone;
   ++now.block->done;
+  now.block->moved = true;
   void* never;
-  tk_switch(&never, scheduler_stack);
-}
-
-void resume(Block& block, int thread) {
-  Fiber& fiber = block.fibers[static_cast<size_t>(thread)];
-  now.block = &block;
-  now.fiber = &fiber;
-  now.arena_slot = reinterpret_cast<uintptr_t>(block.arena) - kMargin;
-  now.stack = reinterpret_cast<uintptr_t>(fiber.stack);
-  tk_switch(&scheduler_stack, fiber.stack_pointer);
-  if (!intact(fiber.stack)) fault("a thread needs more than 64 KB of stack");
+  switch_away(&never);
 }
 
 // Lanes that a waiting lane counts on and that will not come.
@@ -45,19 +48,22 @@ void explain_warp(Block& block, int thread) {
   const Exchange& mine = block.fibers[static_cast<size_t>(thread)].exchange;
   const int first = thread / 32 * 32;
   for (int lane = 0; lane < 32; ++lane) {
-    if (!(mine.mask >> lane & 1)) continue;
+    if (!(mine.asked.mask >> lane & 1)) continue;
     const bool there = first + lane < block.threads;
     const Fiber* other = there ? &block.fibers[static_cast<size_t>(first + lane)] : nullptr;
     const Exchange* its = there && other->state == State::kWarp ? &other->exchange : nullptr;
-    if (its && its->what == mine.what && its->mask == mine.mask && its->site == mine.site) continue;
-    now.fiber = &block.fibers[static_cast<size_t>(thread)];
+    if (its && its->meeting == mine.meeting && its->asked.mask == mine.asked.mask &&
+        its->site == mine.site)
+      continue;
+    blame(thread);
     std::string why =
         !there                            ? "does not exist"
         : other->state == State::kDone    ? "has ended"
         : other->state == State::kBarrier ? "waits at the barrier of " + place_of(other->site)
-        : its == nullptr ? "waits at " + place_of(other->site)
-                         : std::string("is at the ") + its->what + " of " + place_of(its->site);
-    fault(std::string(mine.what) + " with an inactive lane: lane " + std::to_string(lane) +
+        : its == nullptr
+            ? "waits at " + place_of(other->site)
+            : std::string("is at the ") + its->meeting->what + " of " + place_of(its->site);
+    fault(std::string(mine.meeting->what) + " with an inactive lane: lane " + std::to_string(lane) +
           " is in its mask but " + why);
   }
 }
@@ -71,9 +77,8 @@ void explain(Block& block) {
     if (block.fibers[static_cast<size_t>(t)].state == State::kWarp) explain_warp(block, t);
   }
   for (int t = 0; t < block.threads; ++t) {
-    Fiber& fiber = block.fibers[static_cast<size_t>(t)];
-    if (fiber.state != State::kBarrier) continue;
-    now.fiber = &fiber;
+    if (block.fibers[static_cast<size_t>(t)].state != State::kBarrier) continue;
+    blame(t);
     const auto ended = std::find_if(block.fibers.begin(), block.fibers.end(),
                                     [](const Fiber& f) { return f.state == State::kDone; });
     fault("barrier divergence: " + std::to_string(block.arrived) + " of " +
@@ -84,20 +89,12 @@ void explain(Block& block) {
 
 // Resumes all threads that can move; whether any did.
 bool turn(Block& block) {
-  block.moved = false;
-  block.ready.insert(block.ready.end(), block.waiting.begin(), block.waiting.end());
-  block.waiting.clear();
-  std::vector<uint16_t> batch;
-  while (!block.ready.empty()) {
-    batch.swap(block.ready);
-    block.ready.clear();
-    for (const uint16_t thread : batch) {
-      const bool waited = block.fibers[thread].state == State::kWaiting;
-      resume(block, thread);
-      block.moved |= !waited || block.fibers[thread].state != State::kWaiting;
-    }
-  }
   now.block = &block;
+  now.arena_slot = reinterpret_cast<uintptr_t>(block.arena) - kMargin;
+  block.moved = false;
+  for (const uint16_t thread : block.waiting) wake(block, thread);
+  block.waiting.clear();
+  if (block.next_ready != block.end_ready) switch_away(&scheduler_stack);
   if (block.waiting.empty() && block.done < block.threads) explain(block);
   return block.moved;
 }
@@ -178,22 +175,23 @@ class Run {
     block.gates.clear();
     block.waiting.clear();
     block.exchanging.assign(static_cast<size_t>(threads / 32), 0);
-    block.ready.resize(static_cast<size_t>(threads));
+    block.ready.resize(std::bit_ceil(static_cast<size_t>(threads)));
+    block.next_ready = 0;
+    block.end_ready = static_cast<uint32_t>(threads);
     block.fibers.resize(static_cast<size_t>(threads));
     for (int t = 0; t < threads; ++t) {
       Fiber& fiber = block.fibers[static_cast<size_t>(t)];
       fiber.stack = stacks() + kStack * static_cast<size_t>(block.slot * threads + t);
       fiber.stack_pointer = prepare(fiber.stack, &start);
       fiber.state = State::kReady;
-      fiber.exchange.what = nullptr;
+      fiber.exchange.meeting = nullptr;
       fiber.copy_groups = fiber.store_groups = 0;
       fiber.fenced = 0;
       block.ready[static_cast<size_t>(t)] = static_cast<uint16_t>(t);
     }
-    if (now.schedule.order == Order::kDescending)
-      std::reverse(block.ready.begin(), block.ready.end());
-    if (now.schedule.order == Order::kShuffled)
-      std::shuffle(block.ready.begin(), block.ready.end(), random_);
+    const auto end = block.ready.begin() + threads;
+    if (now.schedule.order == Order::kDescending) std::reverse(block.ready.begin(), end);
+    if (now.schedule.order == Order::kShuffled) std::shuffle(block.ready.begin(), end, random_);
     block.width = 32;
     block.clocks.assign(static_cast<size_t>(threads) * 32, 0);
     for (int t = 0; t < threads; ++t) block.clock(t, t) = 1;
@@ -216,7 +214,7 @@ class Run {
     }
     const int64_t outside = (total_ - admitted_) * now.grid.cluster;
     now.block = resident_.front();
-    now.fiber = &now.block->fibers[static_cast<size_t>(waiting_thread(*now.block))];
+    blame(waiting_thread(*now.block));
     fault("deadlock: " + std::to_string(resident_.size()) + " resident blocks wait for each other" +
               (outside > 0 ? " or for one of the " + std::to_string(outside) + " that find no room"
                            : ""),
@@ -240,16 +238,24 @@ int64_t blocks_here() { return now.grid.blocks[0]; }
 int rank_here() { return now.block->rank; }
 int cluster_here() { return now.grid.cluster; }
 
+void blame(int thread) {
+  now.thread = thread;
+  now.fiber = &now.block->fibers[static_cast<size_t>(thread)];
+}
+
 void park(State state, Site site) {
-  now.fiber->state = state;
-  now.fiber->site = site;
-  tk_switch(&now.fiber->stack_pointer, scheduler_stack);
-  now.fiber->state = State::kReady;
+  Fiber& fiber = *now.fiber;
+  if (reinterpret_cast<uintptr_t>(&state) - now.stack >= kStack)
+    fault("a thread needs more than 64 KB of stack");
+  fiber.state = state;
+  fiber.site = site;
+  now.block->moved |= state != State::kWaiting;
+  switch_away(&fiber.stack_pointer);
 }
 
 void wake(Block& block, int thread) {
   block.fibers[static_cast<size_t>(thread)].state = State::kReady;
-  block.ready.push_back(static_cast<uint16_t>(thread));
+  block.ready[block.end_ready++ & (block.ready.size() - 1)] = static_cast<uint16_t>(thread);
 }
 
 void yield(bool first, Site site) {
@@ -315,6 +321,9 @@ void run(const Grid& grid) {
   now.schedule = fixed_order >= 0
                      ? Schedule{static_cast<Order>(fixed_order), fixed_window}
                      : Schedule{static_cast<Order>(turn_of % 3), kWindows[turn_of / 3 % 3]};
+  now.slots = reinterpret_cast<uintptr_t>(slots());
+  now.stacks = reinterpret_cast<uintptr_t>(stacks());
+  now.object = start_of_object();
   catch_signals();
   std::mt19937 random(turn_of);
   Run(random).whole();

@@ -2,10 +2,12 @@
 // host meaning of launch.cuh is made of.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda_on_host/fiber.h"
@@ -26,6 +28,12 @@ enum class State : uint8_t { kReady, kBarrier, kCluster, kWarp, kWaiting, kDone 
 struct Fiber;
 struct Exchange;
 
+// Sixteen bytes that pass in registers: what a kernel writes into memory of the executor would be
+// checked as its own.
+struct Words {
+  uint64_t at[2];
+};
+
 // Those of a warp, by lane.
 struct Exchanges {
   Fiber* first;
@@ -33,33 +41,42 @@ struct Exchanges {
 };
 
 // What the lanes of a warp do together; the lane that comes last does it for all.
-using Settle = void (*)(Exchanges lanes, uint32_t mask);
-
-struct Exchange {
-  const char* what;  // null: the lane takes part in nothing
-  Settle settle;
-  uint32_t mask;
-  Site site;
-  int lane_wanted;          // what the lane asks for
-  uint64_t value[2];        // what it gives
-  uint64_t result[2];       // what it gets
-  const void* operands[4];  // more than fits: places on the stacks of the lanes
+struct Meeting {
+  const char* what;
+  void (*settle)(Exchanges lanes, uint32_t mask);
 };
 
-// One byte of shared memory: who wrote it, who read it since.
+struct Asked {
+  uint32_t mask;
+  int lane_wanted = 0;
+};
+
+struct Exchange {
+  const Meeting* meeting;  // null: the lane takes part in nothing
+  Asked asked;
+  Site site;
+  Words value, result;      // what the lane gives, what it gets
+  const void* operands[3];  // more than fits: places on the stacks of the lanes
+};
+
+// One word of shared memory, or one byte where its bytes are not alike: who wrote it, who read it
+// since.
 struct Cell {
   // In `write`: outside every array, never written, being copied; written by a thread, a bulk copy,
-  // an atomic. In `read`, kGap: by nobody.
-  enum Kind : uint32_t { kGap, kEmpty, kComing, kPlain, kCopied, kAtomic };
+  // an atomic; told byte by byte in the parts of number `stamp`. In `read`, kGap: by nobody.
+  enum Kind : uint32_t { kGap, kEmpty, kComing, kPlain, kCopied, kAtomic, kParts };
   struct Access {
     uint32_t epoch : 29, kind : 3;  // barriers of the block that were before
     uint32_t stamp;                 // of the thread's own clock
     uint32_t code;                  // the address of the instruction, from the start of the object
     uint16_t thread;                // and the rank of its block in the cluster, from bit 10 on
     uint16_t era;                   // barriers of the cluster that were before
+    friend bool operator==(const Access&, const Access&) = default;
   };
   Access write, read[2];
 };
+
+constexpr int kWord = 4;  // bytes
 
 // Bytes on their way between shared and global memory. They move as late as they may.
 struct Copy {
@@ -111,7 +128,8 @@ struct Block {
   int threads, slot;
   char* arena;
   std::vector<Fiber> fibers;
-  std::vector<uint16_t> ready, waiting;
+  std::vector<uint16_t> ready, waiting;  // ready: a ring, of a power of two
+  uint32_t next_ready, end_ready;
   std::vector<uint32_t> exchanging;  // per warp, the lanes that have come to an exchange
   int done, arrived, votes, verdict;
   Site barrier;
@@ -120,11 +138,15 @@ struct Block {
   uint32_t epoch, era;           // barriers so far, of the block and the cluster
   int width;                     // 32, or all threads once there is a gate
   std::vector<uint32_t> clocks;  // threads × width: what a thread knows of its warp, or of all
-  std::vector<Cell> cells;       // one per byte of the arena
-  std::map<int64_t, GateState> gates;  // by their place in the arena
+  std::vector<Cell> cells;       // one per word of the arena
+  std::vector<std::array<Cell, kWord>> parts;
+  std::vector<uint32_t> free_parts;
+  std::vector<std::pair<int64_t, int64_t>> arrays;  // taken of the arena so far
+  std::map<int64_t, GateState> gates;               // by their place in the arena
 
   uint32_t* knows(int thread) { return clocks.data() + static_cast<ptrdiff_t>(thread) * width; }
-  uint32_t& clock(int thread, int other) { return knows(thread)[other % width]; }
+  uint32_t& clock(int thread, int other) { return knows(thread)[width == 32 ? other & 31 : other]; }
+  int64_t arena_bytes() const { return static_cast<int64_t>(cells.size()) * kWord; }
 };
 
 // The order in which blocks start, and how many are resident at once (0: all that fit).
@@ -147,14 +169,19 @@ struct Grid {
 struct Now {
   Block* block;
   Fiber* fiber;
+  int thread;
   uintptr_t arena_slot, stack;
+  uintptr_t slots, stacks, object;  // where all arenas, all stacks and this object lie
   Grid grid;
   Schedule schedule;
   int64_t resident;
 };
 extern Now now;
 
-inline int current_thread() { return static_cast<int>(now.fiber - now.block->fibers.data()); }
+inline int current_thread() { return now.thread; }
+inline uint32_t code_of(const void* address) {
+  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(address) - now.object - 1);
+}
 
 // For kernels, out of their sight: what they read themselves is checked as their memory.
 int thread_here();
@@ -172,10 +199,11 @@ int barrier(bool condition, Site site);  // how many threads of the block said y
 void cluster_barrier(Site site);
 void yield(bool first, Site site);  // of wait_until; `first`: its condition is new
 void park(State state, Site site);
+void blame(int thread);  // is the one that runs, or is to be named
 void wake(Block& block, int thread);
 
 // One step of the warp: the fiber goes on when all lanes of the mask have come.
-Exchange& exchange(const char* what, Settle settle, uint32_t mask, Site site, const Exchange& give);
+Words exchange(const Meeting& meeting, Asked asked, Site site, Words give);
 
 // Memory.
 enum class Use : uint8_t { kRead, kWrite, kAtomic };
@@ -184,9 +212,21 @@ void touch(const volatile void* address, size_t bytes, Use use, bool aligned, co
 void* take_shared(int64_t at, int64_t bytes);
 void open_arena(Block& block, int64_t bytes);
 void know_each_other(Block& block, int warp, uint32_t mask);
-Cell::Access access_now(const void* code);
 void mark_shared(void* address, size_t bytes, Cell::Kind kind, const Cell::Access& access);
+std::vector<Cell::Access> writes_of(const void* address, size_t bytes);
+char* slots();
 void check_copies_done();
+
+inline Cell::Access access_now(const void* code) {
+  Block& block = *now.block;
+  const int thread = now.thread;
+  return {block.epoch & 0x1fffffff,
+          Cell::kPlain,
+          block.clock(thread, thread),
+          code_of(code),
+          static_cast<uint16_t>(thread | block.rank << 10),
+          static_cast<uint16_t>(block.era)};
+}
 
 // In what a kernel calls: the instruction of the kernel.
 #define TK_CALLER __builtin_extract_return_addr(__builtin_return_address(0))
@@ -197,7 +237,7 @@ void catch_signals();
 // Says what is wrong, where, and leaves the process.
 [[noreturn]] void fault(const std::string& what, const std::string& more = "");
 std::string place_of(uint32_t code);  // file:line of an instruction of this object
-uint32_t code_of(const void* address);
+uintptr_t start_of_object();
 std::string place_of(const Site& site);
 std::string place_of_thread(const Block& block, int thread);
 std::string name_of(const Block& block);

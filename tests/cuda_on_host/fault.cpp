@@ -101,10 +101,7 @@ void catch_signals() {
   for (int i = 0; i < 2; ++i) sigaction(kSignals[i], &action, &before[i]);
 }
 
-uint32_t code_of(const void* address) {
-  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(address) -
-                               reinterpret_cast<uintptr_t>(object().dli_fbase) - 1);
-}
+uintptr_t start_of_object() { return reinterpret_cast<uintptr_t>(object().dli_fbase); }
 
 std::string place_of(uint32_t code) { return ask({code}); }
 

@@ -10,7 +10,8 @@
 
 namespace tk::cuda::host {
 
-constexpr size_t kStack = 64 * 1024;
+// 64 KB, and so much that the same variable of different threads falls into different cache lines.
+constexpr size_t kStack = 64 * 1024 + 1088;
 constexpr int kFibers = 16384;  // resident at once, at most
 
 // Leaves the stack in use, whose pointer is kept in *from, and goes on with the one of `to`.

@@ -18,6 +18,9 @@ void wait_gate(void* gate, uint32_t phase, Site site);
 void fence_bulk();
 void* shared_of(void* mine, int rank);
 
+inline constexpr Meeting kCopyBulk = {"copy_bulk", settle_nothing};
+inline constexpr Meeting kStoreBulk = {"store_bulk", settle_nothing};
+
 }  // namespace host
 
 template <int bytes>
@@ -41,12 +44,12 @@ TK_INLINE void wait_gate(Gate* gate, uint32_t phase, TK_SITE) {
 
 // The whole warp calls, one lane does it.
 TK_INLINE void copy_bulk(void* to, const void* from, int64_t bytes, Gate* gate, TK_SITE) {
-  host::exchange("copy_bulk", host::settle_nothing, kAllLanes, site, {});
+  host::exchange(host::kCopyBulk, {kAllLanes}, site, {});
   if (lane() == 0) host::copy_at_gate(gate, to, from, static_cast<size_t>(bytes));
 }
 
 TK_INLINE void store_bulk(void* to, const void* from, int64_t bytes, TK_SITE) {
-  host::exchange("store_bulk", host::settle_nothing, kAllLanes, site, {});
+  host::exchange(host::kStoreBulk, {kAllLanes}, site, {});
   if (lane() == 0) host::begin_store(to, from, static_cast<size_t>(bytes));
 }
 

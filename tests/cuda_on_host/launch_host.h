@@ -42,18 +42,17 @@ inline const char* name_in(std::string_view signature, std::string& name) {
 }
 
 template <class T>
-TK_INLINE Exchange giving(const T& value, int lane_wanted = 0) {
-  static_assert(sizeof(T) <= 16);
-  Exchange give{};
-  std::memcpy(give.value, &value, sizeof value);
-  give.lane_wanted = lane_wanted;
+TK_INLINE Words giving(const T& value) {
+  static_assert(sizeof(T) <= sizeof(Words));
+  Words give{};
+  std::memcpy(&give, &value, sizeof value);
   return give;
 }
 
 template <class T>
-TK_INLINE T gotten(const Exchange& mine) {
+TK_INLINE T gotten(const Words& words) {
   T value;
-  std::memcpy(&value, mine.result, sizeof value);
+  std::memcpy(&value, &words, sizeof value);
   return value;
 }
 
@@ -63,21 +62,15 @@ void settle_match(Exchanges lanes, uint32_t mask);
 void settle_sync(Exchanges lanes, uint32_t mask);
 void settle_nothing(Exchanges lanes, uint32_t mask);
 
-template <class T>
-T given(const Exchange& lane) {
-  T value;
-  std::memcpy(&value, lane.value, sizeof value);
-  return value;
-}
-
-template <class T, class Combine>
-void settle_reduce(Exchanges lanes, uint32_t mask) {
-  T total = given<T>(lanes[std::countr_zero(mask)]);
-  for (uint32_t left = mask & (mask - 1); left != 0; left &= left - 1)
-    total = Combine()(total, given<T>(lanes[std::countr_zero(left)]));
-  for (uint32_t left = mask; left != 0; left &= left - 1)
-    std::memcpy(lanes[std::countr_zero(left)].result, &total, sizeof total);
-}
+inline constexpr Meeting kWarpSync = {"warp_sync", settle_sync};
+inline constexpr Meeting kShuffle = {"shuffle", settle_shuffle};
+inline constexpr Meeting kShuffleUp = {"shuffle_up", settle_shuffle};
+inline constexpr Meeting kShuffleDown = {"shuffle_down", settle_shuffle};
+inline constexpr Meeting kShuffleXor = {"shuffle_xor", settle_shuffle};
+inline constexpr Meeting kBallot = {"ballot", settle_ballot};
+inline constexpr Meeting kMatch = {"match", settle_match};
+extern const Meeting kReduceAdd, kReduceAnd, kReduceOr;
+extern const Meeting kReduceMin[2], kReduceMax[2];  // of unsigned, of signed numbers
 
 }  // namespace host
 
@@ -152,93 +145,77 @@ TK_INLINE void* shared_array(int64_t at, int64_t bytes) { return host::take_shar
 // Warps.
 
 TK_INLINE void warp_sync(Lanes mask = kAllLanes, TK_SITE) {
-  host::exchange("warp_sync", host::settle_sync, mask, site, {});
+  host::exchange(host::kWarpSync, {mask}, site, {});
 }
+
+namespace host {
+
+template <class T>
+TK_INLINE T shuffled(const Meeting& how, const T& value, int from, Lanes mask, Site site) {
+  return gotten<T>(exchange(how, {mask, from}, site, giving(value)));
+}
+
+}  // namespace host
 
 template <class T>
 TK_INLINE T shuffle(const T& value, int from, Lanes mask = kAllLanes, TK_SITE) {
-  return host::gotten<T>(
-      host::exchange("shuffle", host::settle_shuffle, mask, site, host::giving(value, from & 31)));
+  return host::shuffled(host::kShuffle, value, from & 31, mask, site);
 }
 
 template <class T>
 TK_INLINE T shuffle_up(const T& value, int by, Lanes mask = kAllLanes, TK_SITE) {
-  const int from = lane() - by;
-  return host::gotten<T>(host::exchange("shuffle_up", host::settle_shuffle, mask, site,
-                                        host::giving(value, from < 0 ? lane() : from)));
+  const int mine = lane(), from = mine - by;
+  return host::shuffled(host::kShuffleUp, value, from < 0 ? mine : from, mask, site);
 }
 
 template <class T>
 TK_INLINE T shuffle_down(const T& value, int by, Lanes mask = kAllLanes, TK_SITE) {
-  const int from = lane() + by;
-  return host::gotten<T>(host::exchange("shuffle_down", host::settle_shuffle, mask, site,
-                                        host::giving(value, from > 31 ? lane() : from)));
+  const int mine = lane(), from = mine + by;
+  return host::shuffled(host::kShuffleDown, value, from > 31 ? mine : from, mask, site);
 }
 
 template <class T>
 TK_INLINE T shuffle_xor(const T& value, int with, Lanes mask = kAllLanes, TK_SITE) {
-  return host::gotten<T>(host::exchange("shuffle_xor", host::settle_shuffle, mask, site,
-                                        host::giving(value, (lane() ^ with) & 31)));
+  return host::shuffled(host::kShuffleXor, value, (lane() ^ with) & 31, mask, site);
 }
 
 TK_INLINE Lanes ballot(bool condition, Lanes mask = kAllLanes, TK_SITE) {
-  return host::gotten<Lanes>(
-      host::exchange("ballot", host::settle_ballot, mask, site, host::giving(condition)));
+  return host::gotten<Lanes>(host::exchange(host::kBallot, {mask}, site, {condition, 0}));
 }
 
 template <class T>
 TK_INLINE Lanes match(T value, Lanes mask = kAllLanes, TK_SITE) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
-  return host::gotten<Lanes>(
-      host::exchange("match", host::settle_match, mask, site, host::giving(value)));
+  return host::gotten<Lanes>(host::exchange(host::kMatch, {mask}, site, host::giving(value)));
 }
 
 namespace host {
 
-template <class T, class Combine>
-TK_INLINE T reduce(T value, Lanes mask, Site site) {
+template <class T>
+TK_INLINE T reduce(const Meeting& how, T value, Lanes mask, Site site) {
   static_assert(sizeof(T) == 4 && std::is_integral_v<T>);
-  return gotten<T>(exchange("reduce", settle_reduce<T, Combine>, mask, site, giving(value)));
+  return gotten<T>(exchange(how, {mask}, site, giving(value)));
 }
-
-struct Add {
-  template <class T>
-  T operator()(T a, T b) const {
-    return static_cast<T>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
-  }
-};
-struct Least {
-  template <class T>
-  T operator()(T a, T b) const {
-    return b < a ? b : a;
-  }
-};
-struct Most {
-  template <class T>
-  T operator()(T a, T b) const {
-    return b > a ? b : a;
-  }
-};
 
 }  // namespace host
 
 template <class T>
 TK_INLINE T reduce_add(T value, Lanes mask = kAllLanes, TK_SITE) {
-  return host::reduce<T, host::Add>(value, mask, site);
+  return host::reduce(host::kReduceAdd, value, mask, site);
 }
 template <class T>
 TK_INLINE T reduce_min(T value, Lanes mask = kAllLanes, TK_SITE) {
-  return host::reduce<T, host::Least>(value, mask, site);
+  return host::reduce(host::kReduceMin[std::is_signed_v<T>], value, mask, site);
 }
 template <class T>
 TK_INLINE T reduce_max(T value, Lanes mask = kAllLanes, TK_SITE) {
-  return host::reduce<T, host::Most>(value, mask, site);
+  return host::reduce(host::kReduceMax[std::is_signed_v<T>], value, mask, site);
 }
 TK_INLINE uint32_t reduce_and(uint32_t value, Lanes mask = kAllLanes, TK_SITE) {
-  return host::reduce<uint32_t, std::bit_and<>>(value, mask, site);
+  return host::reduce(host::kReduceAnd, value, mask, site);
 }
 TK_INLINE uint32_t reduce_or(uint32_t value, Lanes mask = kAllLanes, TK_SITE) {
-  return host::reduce<uint32_t, std::bit_or<>>(value, mask, site);
+  return host::reduce(host::kReduceOr, value, mask, site);
 }
 
 // Bits of a word, numbers.

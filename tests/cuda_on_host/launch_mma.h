@@ -8,9 +8,7 @@ namespace tk::cuda {
 namespace host {
 
 void load_matrices(uint32_t* to, int count, bool transposed, const void* row, Site site);
-void settle_product_bf16(Exchanges lanes, uint32_t mask);
-void settle_product_fp16(Exchanges lanes, uint32_t mask);
-void settle_product_tf32(Exchanges lanes, uint32_t mask);
+void multiply_add(float* sum, const uint32_t* a, const uint32_t* b, DType kind, Site site);
 
 }  // namespace host
 
@@ -23,14 +21,10 @@ TK_INLINE void load_matrices(uint32_t (&to)[count], const void* row, TK_SITE) {
 template <class T>
 TK_INLINE void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                             TK_SITE) {
-  host::Exchange give{};
-  give.operands[0] = a;
-  give.operands[1] = b;
-  give.operands[2] = sum;
-  const host::Settle settle = sizeof(T) == 4                ? host::settle_product_tf32
-                              : std::is_same_v<T, BFloat16> ? host::settle_product_bf16
-                                                            : host::settle_product_fp16;
-  host::exchange("multiply_add", settle, kAllLanes, site, give);
+  constexpr DType kind = sizeof(T) == 4                ? DType::kFloat32
+                         : std::is_same_v<T, BFloat16> ? DType::kBFloat16
+                                                       : DType::kFloat16;
+  host::multiply_add(sum, a, b, kind, site);
 }
 
 // To the nearest of 10 bits, ties away from zero.

@@ -1,97 +1,34 @@
 // Memory as kernels touch it: the compiler reports every access through the hooks of its thread
-// sanitizer; shared memory is checked byte by byte, other memory by the address sanitizer if it is
-// there.
-#include <sys/mman.h>
-
-#include <algorithm>
-#include <bit>
-#include <cstdio>
-#include <cstdlib>
+// sanitizer; what is not shared is checked by the address sanitizer if it is there.
 #include <cstring>
 
-#include "cuda/launch.cuh"
+#include "cuda_on_host/shared.h"
 
-extern "C" __attribute__((weak)) void* __asan_region_is_poisoned(void* from, size_t bytes);
+extern "C" {
+__attribute__((weak)) void* __asan_region_is_poisoned(void* from, size_t bytes);
+__attribute__((weak)) void __asan_get_shadow_mapping(size_t* scale, size_t* offset);
+}
 
 namespace tk::cuda::host {
 namespace {
 
-char* slots() {
-  static char* const memory =
-      static_cast<char*>(mmap(nullptr, kBlocks * kSlot, PROT_READ | PROT_WRITE,
-                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  if (memory != MAP_FAILED) return memory;
-  std::fputs("cuda_on_host: no memory for the arenas\n", stderr);
-  std::abort();
+// The address sanitizer has a byte for every 8 of memory, 0 where all of them may be touched.
+uintptr_t shadow_of_memory() {
+  if (__asan_get_shadow_mapping == nullptr) return 0;
+  size_t scale = 0, offset = 0;
+  __asan_get_shadow_mapping(&scale, &offset);
+  return scale == 3 ? offset : 0;
 }
 
-const char* verb(Use use) {
-  return use == Use::kRead ? "read" : use == Use::kWrite ? "write" : "atomic";
-}
-
-std::string bytes_at(int64_t at, size_t bytes) {
-  return std::to_string(bytes) + " bytes at byte " + std::to_string(at) + " of the arena";
-}
-
-// Whether `access` is known to be over by the current thread: it is its own, a barrier was in
-// between, or somebody told it.
-bool over(const Cell::Access& access) {
-  Block& block = *now.block;
-  const int me = current_thread(), thread = access.thread & 1023;
-  if (access.thread >> 10 != block.rank) return access.era != block.era;
-  if (thread == me || access.epoch < block.epoch) return true;
-  const bool may_know = block.width > 32 || thread / 32 == me / 32;
-  return may_know && block.clock(me, thread) >= access.stamp;
-}
-
-std::string thread_of(const Cell::Access& access) {
-  const int rank = access.thread >> 10;
-  return "thread " + std::to_string(access.thread & 1023) +
-         (rank != now.block->rank ? " of block " + std::to_string(rank) + " of the cluster" : "");
-}
-
-[[noreturn]] void race(int64_t at, Use use, const Cell::Access& other, const char* did) {
-  fault("race on shared memory: " + std::string(verb(use)) + " of byte " + std::to_string(at) +
-        " of the arena, which " + thread_of(other) + " " + did + " at " + place_of(other.code) +
-        ", no barrier in between");
-}
-
-void touch_byte(Cell& cell, int64_t at, size_t bytes, Use use, const Cell::Access& mine) {
-  const Cell::Access& write = cell.write;
-  if (write.kind == Cell::kGap)
-    fault("out of bounds of shared memory: " + std::string(verb(use)) + " of " +
-          bytes_at(at, bytes) + ", outside its arrays");
-  if (write.kind == Cell::kEmpty && use != Use::kWrite)
-    fault("uninitialised shared memory: " + std::string(verb(use)) + " of " + bytes_at(at, bytes));
-  if (write.kind == Cell::kComing)
-    fault("race on shared memory: " + std::string(verb(use)) + " of " + bytes_at(at, bytes) +
-          ", where a copy is under way that nobody has waited for, asked for at " +
-          place_of(write.code));
-  if (write.kind >= Cell::kPlain && !over(write) &&
-      !(use == Use::kAtomic && write.kind == Cell::kAtomic))
-    race(at, use, write, "wrote");
-  if (use == Use::kRead) {
-    const bool gone = cell.read[0].kind == Cell::kGap || over(cell.read[0]);
-    cell.read[gone ? 0 : 1] = mine;
-    return;
+bool is_poisoned(uintptr_t address, size_t bytes) {
+  static const uintptr_t shadow = shadow_of_memory();
+  constexpr int kAddressBits = 47;
+  if (__asan_region_is_poisoned == nullptr) return address < 65536;
+  if (shadow != 0 && bytes <= 16 && address >> kAddressBits == 0) {
+    const auto of = [](uintptr_t at) { return *reinterpret_cast<uint8_t*>((at >> 3) + shadow); };
+    if ((of(address) | of(address + bytes / 2) | of(address + bytes - 1)) == 0) return false;
   }
-  for (Cell::Access& read : cell.read) {
-    if (read.kind != Cell::kGap && !over(read)) race(at, use, read, "read");
-    read.kind = Cell::kGap;
-  }
-  cell.write = mine;
-  cell.write.kind = use == Use::kAtomic ? Cell::kAtomic : Cell::kPlain;
-}
-
-void touch_shared(Block& block, uintptr_t address, size_t bytes, Use use, const void* code) {
-  const int64_t at = reinterpret_cast<const char*>(address) - block.arena;
-  if (at < 0 || at + static_cast<int64_t>(bytes) > static_cast<int64_t>(block.cells.size()))
-    fault("out of bounds of shared memory: " + std::string(verb(use)) + " of " +
-          bytes_at(at, bytes) + ", which has " + std::to_string(block.cells.size()));
-  const Cell::Access mine = access_now(code);
-  for (size_t i = 0; i < bytes; ++i)
-    touch_byte(block.cells[static_cast<size_t>(at) + i], at + static_cast<int64_t>(i), bytes, use,
-               mine);
+  return __asan_region_is_poisoned(reinterpret_cast<void*>(address), bytes) != nullptr;
 }
 
 // The arena of another block: allowed within a cluster, while that block is there.
@@ -108,22 +45,18 @@ void touch_other_arena(uintptr_t address, size_t bytes, Use use, const void* cod
 }
 
 void touch_other(uintptr_t address, size_t bytes, Use use, const void* code) {
-  if (address - reinterpret_cast<uintptr_t>(slots()) < static_cast<uintptr_t>(kBlocks * kSlot))
+  if (address - now.slots < static_cast<uintptr_t>(kBlocks * kSlot))
     return touch_other_arena(address, bytes, use, code);
-  if (address - reinterpret_cast<uintptr_t>(stacks()) < kFibers * kStack)
+  if (address - now.stacks < kFibers * kStack)
     fault(std::string(verb(use)) + " of a local variable of another thread");
-  const bool bad =
-      __asan_region_is_poisoned != nullptr
-          ? __asan_region_is_poisoned(reinterpret_cast<void*>(address), bytes) != nullptr
-          : address < 65536;
-  if (bad)
+  if (is_poisoned(address, bytes))
     fault("out of bounds of global memory: " + std::string(verb(use)) + " of " +
           std::to_string(bytes) + " bytes");
 }
 
 void touch_at(uintptr_t address, size_t bytes, Use use, bool aligned, const void* code) {
   if (now.fiber == nullptr || address - now.stack < kStack || bytes == 0) return;
-  if (aligned && address % bytes != 0)
+  if (aligned && (address & (bytes - 1)) != 0)
     fault("misaligned access: " + std::string(verb(use)) + " of " + std::to_string(bytes) +
           " bytes at an address that is " + std::to_string(address % bytes) +
           " more than a multiple");
@@ -131,6 +64,26 @@ void touch_at(uintptr_t address, size_t bytes, Use use, bool aligned, const void
     touch_shared(*now.block, address, bytes, use, code);
   else
     touch_other(address, bytes, use, code);
+}
+
+// Of a size that the compiler knows, past the address sanitizer: it has been asked.
+void copy_word(void* to, const void* from, size_t bytes) {
+  switch (bytes) {
+    case 16:
+      std::memcpy(to, from, 16);
+      return;
+    case 8:
+      std::memcpy(to, from, 8);
+      return;
+    case 4:
+      std::memcpy(to, from, 4);
+      return;
+    case 2:
+      std::memcpy(to, from, 2);
+      return;
+    default:
+      std::memcpy(to, from, 1);
+  }
 }
 
 template <class T>
@@ -166,39 +119,18 @@ uint64_t change_as(void* place, Change change, uint64_t value, uint64_t expected
 
 }  // namespace
 
-Cell::Access access_now(const void* code) {
-  Block& block = *now.block;
-  const int thread = current_thread();
-  return {block.epoch & 0x1fffffff,
-          Cell::kPlain,
-          block.clock(thread, thread),
-          code_of(code),
-          static_cast<uint16_t>(thread | block.rank << 10),
-          static_cast<uint16_t>(block.era)};
-}
-
-void mark_shared(void* address, size_t bytes, Cell::Kind kind, const Cell::Access& access) {
-  Block& block = *now.block;
-  const int64_t at = static_cast<const char*>(address) - block.arena;
-  for (size_t i = 0; i < bytes; ++i) {
-    Cell::Access& write = block.cells[static_cast<size_t>(at) + i].write;
-    write = access;
-    write.kind = kind;
-  }
-}
-
 void touch(const volatile void* address, size_t bytes, Use use, bool aligned, const void* code) {
   touch_at(reinterpret_cast<uintptr_t>(address), bytes, use, aligned, code);
 }
 
 void read(void* to, const void* from, size_t bytes) {
   touch_at(reinterpret_cast<uintptr_t>(from), bytes, Use::kRead, true, TK_CALLER);
-  std::memcpy(to, from, bytes);
+  copy_word(to, from, bytes);
 }
 
 void write(void* to, const void* from, size_t bytes) {
   touch_at(reinterpret_cast<uintptr_t>(to), bytes, Use::kWrite, true, TK_CALLER);
-  std::memcpy(to, from, bytes);
+  copy_word(to, from, bytes);
 }
 
 uint64_t atomic(void* place, size_t bytes, bool negative, Change change, uint64_t value,
@@ -209,41 +141,6 @@ uint64_t atomic(void* place, size_t bytes, bool negative, Change change, uint64_
                     : change_as<uint32_t, uint32_t>(place, change, value, expected);
   return negative ? change_as<int64_t, uint64_t>(place, change, value, expected)
                   : change_as<uint64_t, uint64_t>(place, change, value, expected);
-}
-
-// Fresh memory holds what no kernel expects.
-void open_arena(Block& block, int64_t bytes) {
-  block.arena = slots() + kSlot * block.slot + kMargin;
-  std::memset(block.arena, 0xff, static_cast<size_t>(bytes));
-  block.cells.assign(static_cast<size_t>(bytes), Cell{});
-}
-
-void* take_shared(int64_t at, int64_t bytes) {
-  Block& block = *now.block;
-  if (at + bytes > static_cast<int64_t>(block.cells.size()))
-    fault("shared memory: " + std::to_string(at + bytes) + " bytes wanted, the launch gave " +
-          std::to_string(block.cells.size()));
-  for (int64_t i = at; i < at + bytes; ++i) {
-    Cell& cell = block.cells[static_cast<size_t>(i)];
-    if (cell.write.kind == Cell::kGap) cell.write.kind = Cell::kEmpty;
-  }
-  return block.arena + at;
-}
-
-// After warp_sync every lane of the mask knows what the others knew.
-void know_each_other(Block& block, int warp, uint32_t mask) {
-  static std::vector<uint32_t> joined;
-  const auto width = static_cast<size_t>(block.width);
-  joined.assign(width, 0);
-  for (uint32_t left = mask; left != 0; left &= left - 1) {
-    const uint32_t* known = block.knows(warp * 32 + std::countr_zero(left));
-    for (size_t i = 0; i < width; ++i) joined[i] = std::max(joined[i], known[i]);
-  }
-  for (uint32_t left = mask; left != 0; left &= left - 1) {
-    const int thread = warp * 32 + std::countr_zero(left);
-    std::copy(joined.begin(), joined.end(), block.knows(thread));
-    ++block.clock(thread, thread);
-  }
 }
 
 }  // namespace tk::cuda::host
