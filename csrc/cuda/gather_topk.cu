@@ -1,6 +1,6 @@
 // gather_topk on a GPU. Up to 8192 tokens with budgets: one launch, in which several blocks of an
-// image each repeat the selection and move a share of the rows. Else two: one block per image
-// selects, then the rows are moved and the dropped ones fused.
+// image each repeat the selection and move a share of the rows. Else two: one block per image, or a
+// cluster of blocks, selects, then the rows are moved and the dropped ones fused.
 #include "cuda/fuse_dropped.cuh"
 #include "cuda/sort.cuh"
 
@@ -34,9 +34,10 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int64_t high = last > p.prefix ? last - p.prefix : 0;
   const bool by_score = p.by_score;
   if (low < high) {
-    ScoreKeys keys = cuda::keys_of(job, image);
+    const cuda::Alone alone;
+    ScoreKeys keys = cuda::keys_of(job, image, alone);
     cuda::select_tokens(
-        keys, static_cast<uint32_t>(span.count), memory,
+        keys, static_cast<uint32_t>(span.count), memory, alone,
         [&](int64_t rank, int token) {
           if (by_score) {
             list[rank] = cuda::entry_of(keys, token);
@@ -56,29 +57,36 @@ __global__ void __launch_bounds__(kMaxThreads)
   cuda::move_share(job, image, span.before, first, last, list, low);
 }
 
+template <class Team>
 __global__ void __launch_bounds__(kMaxThreads) select_kernel(const __grid_constant__ TopkJob job) {
   const GatherTopk& p = job.p;
-  const int64_t image = cuda::block();
   cuda::Arena arena;
   const cuda::SelectMemory memory(arena);
+  const Team team(arena);
+  const int64_t image = cuda::block() / team.blocks;
   const TopkSpan span = cuda::budget_of(job, image);
   auto* list = reinterpret_cast<uint64_t*>(cuda::picks_of(job, image, span.before));
   uint32_t* chosen = job.chosen == nullptr ? nullptr : job.chosen + image * job.chosen_words;
   const bool by_score = p.by_score;
-  ScoreKeys keys = cuda::keys_of(job, image);
-  const uint32_t count = cuda::select_tokens(
-      keys, static_cast<uint32_t>(span.count), memory,
+  ScoreKeys keys = cuda::keys_of(job, image, team);
+  const uint32_t reached = cuda::select_tokens(
+      keys, static_cast<uint32_t>(span.count), memory, team,
       [&](int64_t rank, int token) {
         list[rank] = by_score ? cuda::entry_of(keys, token) : static_cast<uint32_t>(token);
       },
       [=](int64_t word, cuda::Lanes bits) {
         if (chosen != nullptr) chosen[word] = bits;
       });
-  if (job.counts != nullptr && cuda::thread() == 0) job.counts[image] = count;
-  if (!by_score) return;
-  cuda::sort_words(list, count, arena.shared<uint64_t>(job.room));
-  for (int64_t i = cuda::thread(); i < count; i += cuda::threads())
-    list[i] = static_cast<uint64_t>(cuda::token_of(list[i]));
+  const int64_t count = job.counts == nullptr ? span.count : team.of_last(reached);
+  if (job.counts != nullptr && team.rank == 0 && cuda::thread() == 0) job.counts[image] = count;
+  if (by_score) {
+    team.sync();
+    cuda::sort_words(list, count, arena.shared<uint64_t>(job.room), team);
+    const int64_t step = int64_t{team.blocks} * cuda::threads();
+    for (int64_t i = int64_t{team.rank} * cuda::threads() + cuda::thread(); i < count; i += step)
+      list[i] = static_cast<uint64_t>(cuda::token_of(list[i]));
+  }
+  if (Team::kMany) team.sync();  // nobody leaves whose memory others still read
 }
 
 // Parts [part, end) of the rows of one image, so many at a time as the list has room for.
@@ -178,13 +186,34 @@ const char* launch_rows(TopkJob& job, void* stream) {
                                    job);
 }
 
+template <class Team>
+const char* launch_select(TopkJob& job, int64_t blocks, void* stream) {
+  const GatherTopk& p = job.p;
+  const int64_t shared = cuda::SelectMemory::bytes() + Team::bytes() +
+                         (p.by_score ? cuda::shared_bytes<uint64_t>(job.room) : 0);
+  return cuda::launch<select_kernel<Team>>({.blocks = p.batch * blocks,
+                                            .threads = select_threads(p.tokens / blocks),
+                                            .shared = shared,
+                                            .stream = stream,
+                                            .cluster = static_cast<int>(blocks)},
+                                           job);
+}
+
+// Blocks that select for one image: until each holds its keys, while all find a place at once.
+int64_t select_blocks(const GatherTopk& p) {
+  const int64_t places = cuda::multiprocessors() + 1;
+  int64_t blocks = 1;
+  while (p.tokens > blocks * kOneLaunch && 2 * blocks * p.batch <= places) blocks *= 2;
+  const int64_t most = blocks > 1 ? cuda::most_cluster<select_kernel<cuda::Together>>() : 1;
+  return blocks < most ? blocks : most;
+}
+
 const char* launch_two(TopkJob& job, void* stream) {
   const GatherTopk& p = job.p;
   job.room = static_cast<int>(p.by_score ? clamp(job.most, 1, cuda::kSortRoom) : 0);
-  const int64_t shared = cuda::SelectMemory::bytes() + cuda::shared_bytes<uint64_t>(job.room);
-  const char* error = cuda::launch<select_kernel>(
-      {.blocks = p.batch, .threads = select_threads(p.tokens), .shared = shared, .stream = stream},
-      job);
+  const int64_t blocks = select_blocks(p);
+  const char* error = blocks > 1 ? launch_select<cuda::Together>(job, blocks, stream)
+                                 : launch_select<cuda::Alone>(job, 1, stream);
   return error != nullptr ? error : launch_rows(job, stream);
 }
 

@@ -55,14 +55,16 @@ __device__ inline void write_offsets(const TopkJob& job, int64_t image, const To
   job.p.offsets[image + 1] = job.rows_before + span.before + span.count + (image + 1) * job.extra();
 }
 
-__device__ inline ScoreKeys keys_of(const TopkJob& job, int64_t image) {
+template <class Team>
+__device__ ScoreKeys keys_of(const TopkJob& job, int64_t image, const Team& team) {
   const GatherTopk& p = job.p;
   const auto* scores = static_cast<const char*>(p.scores) +
                        image * p.scores_batch_stride * (p.scores_dtype == DType::kFloat32 ? 4 : 2);
   const bool* keep = p.keep == nullptr ? nullptr : p.keep + image * p.keep_batch_stride;
   const ScoreRow row{scores, p.scores_dtype,      p.scores_token_stride,
                      keep,   p.keep_token_stride, static_cast<int>(p.tokens)};
-  return {row, job.counts != nullptr ? Rule::kThreshold : Rule::kByScore, p.threshold};
+  return {row, job.counts != nullptr ? Rule::kThreshold : Rule::kByScore, p.threshold, team.rank,
+          team.blocks};
 }
 
 // A token with its score in front, so that ascending entries are descending scores, equal ones by

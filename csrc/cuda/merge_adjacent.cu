@@ -165,7 +165,7 @@ __device__ void rank_windows(const MergeAdjacent& p, const MergePlan& s, int64_t
   for (int64_t w = cuda::thread(); w < s.windows; w += cuda::threads())
     keys[w] = sort_key(similarity[w]) << 32 | static_cast<uint64_t>(w);
   cuda::sync();
-  fits ? cuda::sort_words(keys, s.windows) : cuda::sort_words(keys, s.windows, room);
+  fits ? cuda::sort_words(keys, s.windows) : cuda::sort_words(keys, s.windows, room, cuda::Alone());
   for (int64_t i = cuda::thread(); i < s.windows; i += cuda::threads())
     rank[keys[i] & 0xffffffffu] = i < merging ? static_cast<int32_t>(i) : -1;
   cuda::sync();

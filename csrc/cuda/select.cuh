@@ -1,8 +1,9 @@
-// The best tokens of one row of scores, by one block: a radix search for the last score that is
-// good enough, then a scan that gives the chosen tokens in ascending order, lowest ties first.
+// The best tokens of one row of scores, by one block or a cluster of them: a radix search for the
+// last score that is good enough, then a scan that gives the chosen tokens in ascending order,
+// lowest ties first.
 #pragma once
 
-#include "cuda/launch.cuh"
+#include "cuda/select_team.cuh"
 
 namespace tk::cuda {
 
@@ -42,24 +43,29 @@ struct ScoreRow {
   int tokens;  // fewer than 2^30
 };
 
-// A row of scores as tiles of kKeys keys per thread: thread t holds tokens t, t + threads, … of a
-// tile. What fits one tile is loaded once.
+// Tokens first … end − 1 of a row of scores as tiles of kKeys keys per thread: thread t holds
+// tokens t, t + threads, … of a tile. What fits one tile is loaded once.
 class ScoreKeys {
  public:
-  static constexpr int kKeys = 8;
+  static constexpr int kKeys = SelectMemory::kKeys;
 
   const ScoreRow row;
   Rule rule;
-  const int tiles;
+  const int first, end, tiles;
   uint32_t key[kKeys];
 
-  __device__ ScoreKeys(const ScoreRow& scores, Rule first_rule, float least)
+  // Of `blocks` blocks that divide the row, words of 32 tokens each, number `rank`.
+  __device__ ScoreKeys(const ScoreRow& scores, Rule first_rule, float least, int rank, int blocks)
       : row(scores),
         rule(first_rule),
-        tiles((scores.tokens + kKeys * threads() - 1) / (kKeys * threads())),
+        first(share_of(rank, blocks)),
+        end(share_of(rank + 1, blocks)),
+        tiles((end - first + kKeys * threads() - 1) / (kKeys * threads())),
         threshold_(least) {}
 
-  __device__ int token(int tile, int i) const { return (tile * kKeys + i) * threads() + thread(); }
+  __device__ int token(int tile, int i) const {
+    return first + (tile * kKeys + i) * threads() + thread();
+  }
 
   __device__ bool kept(int n) const {
     return row.keep != nullptr &&
@@ -72,8 +78,8 @@ class ScoreKeys {
     return row.dtype == DType::kFloat16 ? ordered(at<Half>(n)) : ordered(at<BFloat16>(n));
   }
 
-  __device__ void load_tile(int tile, bool first) {
-    if (tiles == 1 && !first) return;
+  __device__ void load_tile(int tile, bool again) {
+    if (tiles == 1 && again) return;
     if (row.dtype == DType::kFloat32) {
       load_as<float>(tile);
     } else if (row.dtype == DType::kFloat16) {
@@ -84,6 +90,13 @@ class ScoreKeys {
   }
 
  private:
+  __device__ int share_of(int rank, int blocks) const {
+    if (blocks == 1) return rank * row.tokens;
+    const auto words = static_cast<uint32_t>((row.tokens + kWarp - 1) / kWarp);
+    const auto before = begin_of(static_cast<uint32_t>(rank), words, static_cast<uint32_t>(blocks));
+    return rank == blocks ? row.tokens : static_cast<int>(before) * kWarp;
+  }
+
   template <class T>
   __device__ T at(int n) const {
     return load<T, kReadOnly>(static_cast<const T*>(row.scores) + n * row.stride);
@@ -96,14 +109,14 @@ class ScoreKeys {
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
       const int n = token(tile, i);
-      if (n < row.tokens) {
+      if (n < end) {
         score[i] = at<T>(n);
         here[i] = rule != Rule::kByScore && kept(n);
       }
     }
 #pragma unroll
     for (int i = 0; i < kKeys; ++i)
-      key[i] = token(tile, i) < row.tokens ? ruled(score[i], here[i]) : kNever;
+      key[i] = token(tile, i) < end ? ruled(score[i], here[i]) : kNever;
   }
 
   template <class T>
@@ -115,27 +128,6 @@ class ScoreKeys {
   }
 
   const float threshold_;
-};
-
-// What a selection needs of the arena. Every lane counts in one of kCopies histograms, so that no
-// more than four lanes meet even where all scores are equal.
-struct SelectMemory {
-  static constexpr int kDigits = 256, kCopies = 8;
-  static constexpr int kCounts = ScoreKeys::kKeys * kWarp + 1, kWords = 3 + kDigits / kWarp;
-
-  uint32_t* histogram;  // (kDigits, kCopies)
-  uint32_t* counts;     // of warps and keys, their sum behind them
-  uint32_t* words;      // digit, count above, count at it; the sums of eight warps
-
-  __device__ explicit SelectMemory(Arena& arena)
-      : histogram(arena.shared<uint32_t>(kDigits * kCopies)),
-        counts(arena.shared<uint32_t>(kCounts)),
-        words(arena.shared<uint32_t>(kWords)) {}
-
-  static constexpr int64_t bytes() {
-    return shared_bytes<uint32_t>(kDigits * kCopies) + shared_bytes<uint32_t>(kCounts) +
-           shared_bytes<uint32_t>(kWords);
-  }
 };
 
 // The sum over the block, in all threads; `sums` holds one entry per warp.
@@ -150,10 +142,12 @@ __device__ T block_sum(T value, T* sums) {
   return total;
 }
 
-__device__ inline uint32_t count_kept(const ScoreKeys& keys, const SelectMemory& memory) {
+template <class Team>
+__device__ uint32_t count_kept(const ScoreKeys& keys, const SelectMemory& memory,
+                               const Team& team) {
   uint32_t count = 0;
-  for (int n = thread(); n < keys.row.tokens; n += threads()) count += keys.kept(n);
-  return block_sum(count, memory.counts);
+  for (int n = keys.first + thread(); n < keys.end; n += threads()) count += keys.kept(n);
+  return team.sum(block_sum(count, memory.counts));
 }
 
 // Keys from `key` on are chosen, of those equal to it the first `ties`.
@@ -162,36 +156,48 @@ struct Bar {
 };
 
 // Adds up the copies, clears them, and finds the digit where, counted from the highest, the number
-// of keys reaches `need`.
-__device__ inline void find_digit(const SelectMemory& memory, uint32_t need) {
+// of keys of all blocks reaches `need`.
+template <class Team>
+__device__ void find_digit(const SelectMemory& memory, uint32_t need, const Team& team, int round) {
   constexpr int kDigits = SelectMemory::kDigits, kCopies = SelectMemory::kCopies;
-  uint32_t *const totals = memory.words + 3, count = 0, reached = 0;
+  using Count = typename Team::Count;
+  uint32_t own = 0;
   const int digit = kDigits - 1 - thread();
   if (digit >= 0) {
     uint32_t* copies = memory.histogram + digit * kCopies;
 #pragma unroll
     for (int c = 0; c < kCopies; ++c) {
-      count += copies[c];
+      own += copies[c];
       copies[c] = 0;
     }
+  }
+  Count count = team.count(own, digit, round), reached = 0;
+  Count* totals = memory.totals<Count>();
+  if (digit >= 0) {
     reached = warp_scan(count);
     if (lane() == kWarp - 1) totals[warp()] = reached;
   }
   sync();
   if (digit >= 0) {
     for (int w = 0; w < warp(); ++w) reached += totals[w];
-    if (reached >= need && reached - count < need) {
+    const uint32_t all = Team::all(reached), here = Team::all(count);
+    if (all >= need && all - here < need) {
       memory.words[0] = static_cast<uint32_t>(digit);
-      memory.words[1] = reached - count;
-      memory.words[2] = count;
+      memory.words[1] = all - here;
+      memory.words[2] = here;
+      memory.words[3] = Team::own(reached - count);
+      memory.words[4] = Team::own(count);
     }
   }
   sync();
 }
 
 // The highest bar that `need` keys reach, byte by byte from the top; early where exactly as many
-// share the bytes found so far as are still to be had.
-__device__ inline Bar find_bar(ScoreKeys& keys, uint32_t need, const SelectMemory& memory) {
+// share the bytes found so far as are still to be had. `mine` becomes how many of this block's keys
+// lie above the bytes found, and how many share them.
+template <class Team>
+__device__ Bar find_bar(ScoreKeys& keys, uint32_t need, const SelectMemory& memory,
+                        const Team& team, Found& mine) {
   constexpr int kCopies = SelectMemory::kCopies;
   if (need == 0) return {UINT32_MAX, 0};
   for (int i = thread(); i < SelectMemory::kDigits * kCopies; i += threads())
@@ -201,19 +207,21 @@ __device__ inline Bar find_bar(ScoreKeys& keys, uint32_t need, const SelectMemor
   uint32_t bar = 0, known = 0;
   for (int shift = 24; shift >= lowest; shift -= 8) {
     for (int tile = 0; tile < keys.tiles; ++tile) {
-      keys.load_tile(tile, shift == 24);
+      keys.load_tile(tile, shift != 24);
 #pragma unroll
       for (int i = 0; i < ScoreKeys::kKeys; ++i) {
         const uint32_t digit = keys.key[i] >> shift & 255u;
-        if (keys.token(tile, i) < keys.row.tokens && ((keys.key[i] ^ bar) & known) == 0)
+        if (keys.token(tile, i) < keys.end && ((keys.key[i] ^ bar) & known) == 0)
           atomic_add(&memory.histogram[static_cast<int>(digit) * kCopies + lane() % kCopies], 1u);
       }
     }
     sync();
-    find_digit(memory, need);
+    find_digit(memory, need, team, shift / 8);
     bar |= memory.words[0] << shift;
     known |= 255u << shift;
     need -= memory.words[1];
+    mine.above += memory.words[3];
+    mine.ties = memory.words[4];
     if (memory.words[2] == need) break;
   }
   return {bar, need};
@@ -235,19 +243,20 @@ __device__ inline void scan_counts(uint32_t* counts, int entries) {
 }
 
 // Calls emit(rank, token) for every token from the bar on, ranks ascending with the tokens, and
-// word(w, bits) once for every 32 tokens, with a bit for each that was chosen. Returns how many.
+// word(w, bits) once for every 32 tokens, with a bit for each that was chosen. `before`: what lower
+// blocks have found. Returns how many tokens it and they have chosen.
 template <class Emit, class Word>
-__device__ uint32_t choose(ScoreKeys& keys, Bar bar, bool loaded, const SelectMemory& memory,
-                           const Emit& emit, const Word& word) {
+__device__ uint32_t choose(ScoreKeys& keys, Bar bar, bool loaded, Found before,
+                           const SelectMemory& memory, const Emit& emit, const Word& word) {
   constexpr int kKeys = ScoreKeys::kKeys;
   const int entries = kKeys * warps();
-  uint32_t above_before = 0, ties_before = 0;
+  uint32_t above_before = before.above, ties_before = before.ties;
   for (int tile = 0; tile < keys.tiles; ++tile) {
-    keys.load_tile(tile, !loaded);
+    keys.load_tile(tile, loaded);
     Lanes above[kKeys], ties[kKeys];
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
-      const bool here = keys.token(tile, i) < keys.row.tokens;
+      const bool here = keys.token(tile, i) < keys.end;
       above[i] = ballot(here && keys.key[i] > bar.key);
       ties[i] = ballot(here && keys.key[i] == bar.key);
       if (lane() == 0)
@@ -259,17 +268,17 @@ __device__ uint32_t choose(ScoreKeys& keys, Bar bar, bool loaded, const SelectMe
     sync();
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
-      const uint32_t before = memory.counts[i * warps() + warp()];
+      const uint32_t lower = memory.counts[i * warps() + warp()];
       const auto higher = static_cast<uint32_t>(count_bits(above[i] & lanes_below()));
       const auto equal = static_cast<uint32_t>(count_bits(ties[i] & lanes_below()));
-      const uint32_t tie = ties_before + (before >> 16) + equal;
+      const uint32_t tie = ties_before + (lower >> 16) + equal;
       const uint32_t taken = tie < bar.ties ? tie : bar.ties;
       const bool chosen =
           (above[i] >> lane() & 1u) != 0 || ((ties[i] >> lane() & 1u) != 0 && tie < bar.ties);
       const int n = keys.token(tile, i);
-      if (chosen) emit(above_before + (before & 0xffffu) + higher + taken, n);
+      if (chosen) emit(above_before + (lower & 0xffffu) + higher + taken, n);
       const Lanes bits = ballot(chosen);
-      if (lane() == 0 && n < keys.row.tokens) word(n / kWarp, bits);
+      if (lane() == 0 && n < keys.end) word(n / kWarp, bits);
     }
     above_before += memory.counts[entries] & 0xffffu;
     ties_before += memory.counts[entries] >> 16;
@@ -278,17 +287,34 @@ __device__ uint32_t choose(ScoreKeys& keys, Bar bar, bool loaded, const SelectMe
   return above_before + (ties_before < bar.ties ? ties_before : bar.ties);
 }
 
-// Selects `need` tokens, or with Rule::kThreshold all that it chooses. All threads call it; it ends
-// with a barrier.
-template <class Emit, class Word>
+// How many tokens of this block Rule::kThreshold chooses.
+__device__ inline uint32_t count_always(ScoreKeys& keys, const SelectMemory& memory) {
+  uint32_t count = 0;
+  for (int tile = 0; tile < keys.tiles; ++tile) {
+    keys.load_tile(tile, false);
+#pragma unroll
+    for (int i = 0; i < ScoreKeys::kKeys; ++i) count += keys.key[i] == kAlways;
+  }
+  return block_sum(count, memory.counts);
+}
+
+// Selects `need` tokens, or with Rule::kThreshold all that it chooses, and returns how many this
+// block and lower ones have chosen. All threads of all blocks call it; it ends with a barrier of
+// the block.
+template <class Team, class Emit, class Word>
 __device__ uint32_t select_tokens(ScoreKeys& keys, uint32_t need, const SelectMemory& memory,
-                                  const Emit& emit, const Word& word) {
-  if (keys.rule == Rule::kThreshold)
-    return choose(keys, {kAlways, UINT32_MAX}, false, memory, emit, word);
-  if (keys.row.keep != nullptr)
-    keys.rule = count_kept(keys, memory) < need ? Rule::kKeptFirst : Rule::kKeptOnly;
-  const Bar bar = find_bar(keys, need, memory);
-  return choose(keys, bar, need > 0, memory, emit, word);
+                                  const Team& team, const Emit& emit, const Word& word) {
+  Found mine{};
+  Bar bar{kAlways, UINT32_MAX};
+  if (keys.rule == Rule::kThreshold) {
+    if (Team::kMany) mine.ties = count_always(keys, memory);
+  } else {
+    if (keys.row.keep != nullptr)
+      keys.rule = count_kept(keys, memory, team) < need ? Rule::kKeptFirst : Rule::kKeptOnly;
+    bar = find_bar(keys, need, memory, team, mine);
+  }
+  const bool loaded = keys.rule == Rule::kThreshold ? Team::kMany : need > 0;
+  return choose(keys, bar, loaded, team.before(mine), memory, emit, word);
 }
 
 }  // namespace tk::cuda

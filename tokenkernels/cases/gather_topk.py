@@ -81,6 +81,21 @@ def _near_threshold(t: Make) -> dict[str, Any]:
     return {"x": t.randn(2, 50, 7), "scores": scores, "threshold": 153 / 256 + 1e-4}
 
 
+def _long(batch: int, tokens: int, levels: int, **options: Any) -> Any:
+    """So many tokens that several blocks of a GPU select together, with few different scores."""
+
+    def make(t: Make) -> dict[str, Any]:
+        scores = t.randint(0, levels, (batch, tokens)).to(t.dtype) / levels
+        return {"x": t.randn(batch, tokens, 1), "scores": scores} | options
+
+    return make
+
+
+def _long_kept(t: Make) -> dict[str, Any]:
+    kwargs = _long(1, 17001, 1000, k=300, fuse="sum")(t)
+    return kwargs | {"keep": t.bool(0.01, (1, 17001))}
+
+
 def _strided(t: Make) -> dict[str, Any]:
     return {
         "x": t.randn(20, 3, 2, 8).transpose(0, 1)[:, :, 1],
@@ -146,6 +161,11 @@ CASES = [
     Case("tuple-ragged-fuse", _fused_pair, ("test", "no-gradcheck")),
     Case("ties-nan-inf", _hard_scores, ("test", "no-gradcheck")),
     Case("strided", _strided),
+    Case("long-ties", _long(2, 8500, 3, k=4000), ("test", "no-gradcheck")),
+    Case("long-equal", _long(1, 17001, 1, k=9001), ("test", "no-gradcheck")),
+    Case("long-score-order", _long(1, 33000, 900, k=9001, order="score"), ("test", "no-gradcheck")),
+    Case("long-threshold", _long(2, 9001, 50, threshold=0.91), ("test", "no-gradcheck")),
+    Case("long-keep-fuse", _long_kept, ("test", "no-gradcheck")),
     Case("evit 128x196x768 k=137", _bench(128, 196, 768, 137), ("bench",)),
     Case("visionzip 16x576x1024 k=64", _bench(16, 576, 1024, 64), ("bench",)),
     Case("next 4x2880x4096 k=320", _bench(4, 2880, 4096, 320), ("bench",)),
