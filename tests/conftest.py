@@ -78,9 +78,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _is_long(item: pytest.Item, tried: dict[tuple[str, str], str]) -> bool:
     """The interpreter takes a hundred times as long as a GPU: beyond values, gradients and errors
     the first case of a public op shows a property, in one dtype; of others, which are the gradients
-    of those, only registration is tried. Threads do not concern it.
+    of those, only registration is tried. Threads do not concern it, and cases tagged "long" are
+    left to GPUs.
     """
     name = item.name.partition("[")[0]
+    if "long" in getattr(item.callspec.params.get("case"), "tags", ()):  # type: ignore[attr-defined]
+        return True
     if name.startswith(("test_truth", "test_errors")) or name == "test_gradient":
         return False
     op = item.callspec.params["op"]  # type: ignore[attr-defined]

@@ -1,22 +1,38 @@
 // accumulate_codes on a GPU: rows are sorted by code, each code's in ascending order, by counting;
-// then every code adds up its own, in an order that follows from their number alone.
+// then every code adds up its own, in an order that follows from their number alone: many of them
+// in pieces, whose sums the warp that ends last adds up.
 #include "cuda/look_back.cuh"
+#include "cuda/sum_rows.cuh"
 
 namespace tk {
 namespace {
 
-constexpr int64_t kRoundItems = int64_t{1} << 22;  // are sorted at a time: bounds the scratch
+// Rows sorted at a time, counts, and sums of pieces: they bound the scratch.
+constexpr int64_t kRoundItems = int64_t{1} << 22;
+constexpr int64_t kCountRoom = 3 << 20;
+constexpr int64_t kPieceRoom = 1 << 20;
 constexpr int64_t kMostChunks = 512;
-constexpr int64_t kChunkRows = 256;  // at least
-constexpr int kInFlight = 4;         // loads that a lane has asked for before it uses the first
+constexpr int64_t kChunkRows = 256;   // at least
+constexpr int kInFlight = 4;          // loads that a lane has asked for before it uses the first
+constexpr int64_t kPieceRows = 1024;  // at least
+
+struct LongCode {
+  int64_t code;
+  uint32_t first_piece, pieces;
+};
 
 // Rows [first, first + rows) of all groups. A flat code is g·K + k; chunks are ranges of rows.
 struct Round {
   int64_t first, rows, chunks, chunk_rows, flat_codes, tiles;
-  uint64_t* words;   // (tiles) for the look-back, and the ticket
+  // A code of more than two pieces of so many rows is added up piece by piece.
+  int64_t piece_rows, most_pieces, most_long;
+  uint64_t* words;   // (tiles) for the look-back, the ticket, and codes in pieces with these below
   uint32_t* counts;  // (chunks, flat codes): of a chunk; then of the chunks before it
   uint32_t* begins;  // (flat codes + 1) where each code's rows begin in `sorted`
   uint32_t* sorted;  // (rows · G) rows of the round
+  LongCode* longs;   // (most_long), their pieces one behind the other
+  uint32_t* done;    // (most_long, column blocks) pieces that have been added up
+  float* partial;    // (most_pieces, padded columns)
 };
 
 int64_t round_rows(const AccumulateCodes& p) {
@@ -24,22 +40,45 @@ int64_t round_rows(const AccumulateCodes& p) {
   return p.x.rows < most ? p.x.rows : most;
 }
 
+// Columns that a warp adds up at a time, 16 bytes in each lane; and the blocks of them in a row.
+__host__ __device__ int64_t block_columns(DType dtype) {
+  return cuda::kWarp * (dtype == DType::kFloat32 ? 4 : 8);
+}
+
+__host__ __device__ int64_t blocks_of(const AccumulateCodes& p) {
+  const int64_t columns = block_columns(p.x.dtype);
+  return (p.dim + columns - 1) / columns;
+}
+
+__host__ __device__ int64_t padded(int64_t columns) { return (columns + 3) / 4 * 4; }
+
+// The most there can be: whole ones, and one more for every code that has more than two.
+int64_t pieces_of(const AccumulateCodes& p, const Round& r) {
+  return 3 * r.rows * p.groups / (2 * r.piece_rows);
+}
+
 Round round_of(const AccumulateCodes& p) {
   Round r{};
   r.flat_codes = p.groups * p.codes;
   r.tiles = (r.flat_codes + cuda::kThreads - 1) / cuda::kThreads;
   r.rows = round_rows(p);
-  const int64_t room = r.flat_codes < kRoundItems ? kRoundItems / r.flat_codes : 1;
+  const int64_t room = r.flat_codes < kCountRoom ? kCountRoom / r.flat_codes : 1;
   const int64_t most = room < kMostChunks ? room : kMostChunks;
   const int64_t each = (r.rows + most - 1) / most;
   r.chunk_rows = each < kChunkRows ? kChunkRows : each;
   r.chunks = (r.rows + r.chunk_rows - 1) / r.chunk_rows;
+  r.piece_rows = kPieceRows;
+  while (pieces_of(p, r) * padded(p.dim) > kPieceRoom) r.piece_rows *= 2;
+  r.most_pieces = pieces_of(p, r);
+  r.most_long = r.rows * p.groups / (2 * r.piece_rows);
   char* at = static_cast<char*>(p.scratch);
-  r.words = reinterpret_cast<uint64_t*>(at);
-  at += (r.tiles + 1) * int64_t{sizeof(uint64_t)};
-  r.counts = reinterpret_cast<uint32_t*>(at);
+  r.partial = reinterpret_cast<float*>(at);
+  r.longs = reinterpret_cast<LongCode*>(r.partial + r.most_pieces * padded(p.dim));
+  r.words = reinterpret_cast<uint64_t*>(r.longs + r.most_long);
+  r.counts = reinterpret_cast<uint32_t*>(r.words + r.tiles + 2);
   r.begins = r.counts + r.chunks * r.flat_codes;
   r.sorted = r.begins + r.flat_codes + 1;
+  r.done = r.sorted + r.rows * p.groups;
   return r;
 }
 
@@ -53,7 +92,7 @@ __device__ int32_t code_at(const AccumulateCodes& p, int64_t row, int64_t group)
 // the next launch needs.
 __global__ void __launch_bounds__(cuda::kThreads)
     count_kernel(const __grid_constant__ AccumulateCodes p, const __grid_constant__ Round r) {
-  cuda::for_each(r.tiles + 1, [&](int64_t i) { r.words[i] = 0; });
+  cuda::for_each(r.tiles + 2, [&](int64_t i) { r.words[i] = 0; });
   for (int64_t item = cuda::block(); item < r.chunks * p.groups; item += cuda::blocks()) {
     const int64_t chunk = item / p.groups, group = item % p.groups;
     uint32_t* counts = r.counts + item * p.codes;
@@ -86,6 +125,17 @@ __device__ uint32_t scan_chunks(const Round& r, int64_t code) {
   return sum;
 }
 
+// Enters a code in the list of those in pieces. Who comes first has nothing to do with the sums.
+__device__ void enter(const AccumulateCodes& p, const Round& r, int64_t code, uint32_t count) {
+  const auto pieces = static_cast<uint32_t>((count + r.piece_rows - 1) / r.piece_rows);
+  const uint64_t before =
+      cuda::atomic_add(r.words + r.tiles + 1, uint64_t{1} << 32 | uint64_t{pieces});
+  const auto place = static_cast<int64_t>(before >> 32);
+  r.longs[place] = {code, static_cast<uint32_t>(before), pieces};
+  const int64_t blocks = blocks_of(p);
+  for (int64_t i = 0; i < blocks; ++i) r.done[place * blocks + i] = 0;
+}
+
 // One thread per flat code: where its rows begin.
 __global__ void __launch_bounds__(cuda::kThreads)
     begin_kernel(const __grid_constant__ AccumulateCodes p, const __grid_constant__ Round r) {
@@ -107,6 +157,7 @@ __global__ void __launch_bounds__(cuda::kThreads)
   cuda::sync();
   const uint32_t begin = static_cast<uint32_t>(*before) + below;
   if (there) r.begins[code] = begin;
+  if (count > 2 * r.piece_rows) enter(p, r, code, count);
   if (code == r.flat_codes - 1) r.begins[r.flat_codes] = begin + count;
 }
 
@@ -161,55 +212,91 @@ __device__ int64_t offset_of(const TokenRows& x, int64_t row, int64_t group) {
   return x.dims > 0 ? offset + row * x.strides[0] : offset;
 }
 
-// One warp per flat code. Teams of `span` lanes take row after row, 16 bytes of it each, then the
-// teams are added up: the same lanes in the same order, whatever the alignment.
+// The last code in pieces whose first one is not behind `piece`; a warp together.
+__device__ int64_t code_of_piece(const Round& r, int64_t codes, uint32_t piece) {
+  int64_t low = 0;
+  while (codes - low > 1) {
+    const int64_t middle = low + (codes - low) / 2;
+    (r.longs[middle].first_piece <= piece ? low : codes) = middle;
+  }
+  return low;
+}
+
+// What a warp adds up: a block of columns, from `d` on, of a code or a piece of it.
+struct Task {
+  int64_t code, d, begin, end;
+  int64_t place;  // of a piece, that of its code in the list; else −1
+  float* to;
+};
+
+__device__ Task task_of(const AccumulateCodes& p, const Round& r, int64_t item, int64_t pieces,
+                        int64_t codes) {
+  const int64_t blocks = blocks_of(p), number = item / blocks;
+  const int64_t d = (item - number * blocks) * block_columns(p.x.dtype);
+  if (number < pieces) {
+    const int64_t place = code_of_piece(r, codes, static_cast<uint32_t>(number));
+    const LongCode code = r.longs[place];
+    const int64_t begin = r.begins[code.code] + (number - code.first_piece) * r.piece_rows;
+    const int64_t end = r.begins[code.code + 1], behind = begin + r.piece_rows;
+    return {code.code, d,
+            begin,     behind < end ? behind : end,
+            place,     r.partial + number * padded(p.dim) + d};
+  }
+  const int64_t code = number - pieces;
+  return {code, d, r.begins[code], r.begins[code + 1], -1, p.sums + code * p.dim + d};
+}
+
+// Whether the warp is the last of those that add up this block of columns of a code in pieces.
+__device__ bool is_last(const AccumulateCodes& p, const Round& r, const Task& task) {
+  uint32_t before = 0;
+  cuda::warp_sync();
+  if (cuda::lane() == 0) {
+    cuda::fence();
+    const int64_t block = task.d / block_columns(p.x.dtype);
+    before = cuda::atomic_add(r.done + task.place * blocks_of(p) + block, 1u);
+    cuda::fence();
+  }
+  return cuda::shuffle(before, 0) + 1 == r.longs[task.place].pieces;
+}
+
+__device__ void sum_pieces(const AccumulateCodes& p, const Round& r, const Task& task) {
+  const LongCode code = r.longs[task.place];
+  const int64_t stride = padded(p.dim), columns = block_columns(DType::kFloat32);
+  const int64_t behind = task.d + block_columns(p.x.dtype), end = behind < p.dim ? behind : p.dim;
+#pragma unroll 1
+  for (int64_t d = task.d; d < end; d += columns) {
+    const float* all = r.partial + code.first_piece * stride + d;
+    float* to = p.sums + code.code * p.dim + d;
+    cuda::sum_rows<float, true, cuda::kKeep>(
+        0, code.pieces, end - d < columns ? end - d : columns, 1,
+        [=](int64_t i) { return all + i * stride; },
+        [=](int64_t column, float sum) { to[column] = r.first > 0 ? to[column] + sum : sum; });
+  }
+}
+
 template <class T, bool kVectors>
-__global__ void __launch_bounds__(cuda::kThreads)
+__global__ void __launch_bounds__(cuda::kThreads, 2)
     sum_kernel(const __grid_constant__ AccumulateCodes p, const __grid_constant__ Round r) {
-  constexpr int kWide = 16 / sizeof(T);
-  using V = cuda::Vector<T, kWide>;
-  int span = 1;
-  while (span < cuda::kWarp && int64_t{span} * kWide < p.dim) span *= 2;
-  const int teams = cuda::kWarp / span, team = cuda::lane() / span;
-  const int64_t mine = int64_t{cuda::lane() % span} * kWide;
+  const uint64_t entered = r.words[r.tiles + 1];
+  const auto pieces = static_cast<int64_t>(entered & UINT32_MAX);
   const int64_t step = cuda::blocks() * cuda::warps();
-  for (int64_t code = cuda::block() * cuda::warps() + cuda::warp(); code < r.flat_codes;
-       code += step) {
-    const int64_t group = code / p.codes, begin = r.begins[code], end = r.begins[code + 1];
-    for (int64_t d = 0; d < p.dim; d += int64_t{span} * kWide) {
-      float sums[kWide] = {};
-      for (int64_t i = begin + team; i < end; i += int64_t{kInFlight} * teams) {
-        V values[kInFlight] = {};
-#pragma unroll
-        for (int j = 0; j < kInFlight; ++j) {
-          const int64_t number = i + int64_t{j} * teams;
-          if (number >= end || d + mine >= p.dim) continue;
-          const int64_t at = offset_of(p.x, r.first + r.sorted[number], group);
-          const T* from = static_cast<const T*>(p.x.data) + at + (d + mine) * p.x.stride;
-          if constexpr (kVectors) {
-            values[j] = cuda::load<V, cuda::kReadOnly>(from);
-          } else {
-#pragma unroll
-            for (int w = 0; w < kWide; ++w) {
-              if (d + mine + w < p.dim)
-                values[j].at[w] = cuda::load<T, cuda::kReadOnly>(from + w * p.x.stride);
-            }
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < kInFlight; ++j) {
-#pragma unroll
-          for (int w = 0; w < kWide; ++w) sums[w] += cuda::widen(values[j].at[w]);
-        }
-      }
-      float* to = p.sums + code * p.dim + d + mine;
-#pragma unroll
-      for (int w = 0; w < kWide; ++w) {
-        for (int with = span; with < cuda::kWarp; with *= 2)
-          sums[w] += cuda::shuffle_xor(sums[w], with);
-        if (team == 0 && d + mine + w < p.dim) to[w] = r.first > 0 ? to[w] + sums[w] : sums[w];
-      }
-    }
+  const int64_t items = (pieces + r.flat_codes) * blocks_of(p);
+#pragma unroll 1
+  for (int64_t i = cuda::block() * cuda::warps() + cuda::warp(); i < items; i += step) {
+    const Task task = task_of(p, r, i, pieces, static_cast<int64_t>(entered >> 32));
+    const bool whole = task.place < 0;
+    if (whole && task.end - task.begin > 2 * r.piece_rows) continue;
+    const int64_t left = p.dim - task.d, columns = block_columns(p.x.dtype);
+    cuda::sum_rows<T, kVectors, cuda::kReadOnly>(
+        task.begin, task.end, left < columns ? left : columns, p.x.stride,
+        [&](int64_t number) {
+          const int64_t at = offset_of(p.x, r.first + r.sorted[number], task.code / p.codes);
+          return static_cast<const T*>(p.x.data) + at + task.d * p.x.stride;
+        },
+        [&](int64_t column, float sum) {
+          task.to[column] = whole && r.first > 0 ? task.to[column] + sum : sum;
+        });
+    if (!whole && is_last(p, r, task)) sum_pieces(p, r, task);
   }
 }
 
@@ -239,7 +326,7 @@ const char* add_round(const AccumulateCodes& p, const Round& r, void* stream) {
   if (error != nullptr) return error;
   dispatch(p.x.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const cuda::Launch how = grid(r.flat_codes, kWarps);
+    const cuda::Launch how = grid((r.flat_codes + r.most_pieces) * blocks_of(p), kWarps);
     error = is_aligned(p.x, p.dim) ? cuda::launch<sum_kernel<T, true>>(how, p, r)
                                    : cuda::launch<sum_kernel<T, false>>(how, p, r);
   });
@@ -251,8 +338,10 @@ const char* add_round(const AccumulateCodes& p, const Round& r, void* stream) {
 int64_t accumulate_codes_cuda_scratch(const AccumulateCodes& p) {
   if (p.groups == 0) return 0;
   const Round r = round_of(p);
-  const int64_t ints = r.chunks * r.flat_codes + r.flat_codes + 1 + r.rows * p.groups;
-  return (r.tiles + 1) * int64_t{sizeof(uint64_t)} + ints * int64_t{sizeof(uint32_t)};
+  const int64_t ints = r.chunks * r.flat_codes + r.flat_codes + 1 + r.rows * p.groups +
+                       r.most_long * blocks_of(p) + r.most_pieces * padded(p.dim);
+  return (r.tiles + 2) * int64_t{sizeof(uint64_t)} + r.most_long * int64_t{sizeof(LongCode)} +
+         ints * int64_t{sizeof(uint32_t)};
 }
 
 const char* accumulate_codes_cuda(const AccumulateCodes& p, void* stream) {

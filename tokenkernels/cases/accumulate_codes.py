@@ -19,6 +19,12 @@ def _one_code(t: Make) -> dict[str, Any]:
     return {"x": t.rand(700, 9), "index": t.randint(3, 4, (700,)), "K": 5}
 
 
+def _nearly_one_code(t: Make) -> dict[str, Any]:
+    """One code has so many rows that a GPU adds them up in pieces."""
+    index = t.randint(0, 100, (2500,)).clamp(max=3)
+    return {"x": t.rand(2500, 150), "index": index, "K": 6}
+
+
 def _strided(t: Make) -> dict[str, Any]:
     return {
         "x": t.randn(2, 12, 3, 19).permute(0, 2, 3, 1),
@@ -49,6 +55,7 @@ CASES = [
     Case("wide", _simple((50, 300), 9)),
     Case("grouped", _simple((2, 15, 3, 16), 6, low=-1, grouped=True)),
     Case("one-code", _one_code),
+    Case("nearly-one-code", _nearly_one_code),
     Case("more-codes-than-tokens", _simple((5, 3), 1000)),
     Case("no-tokens", _simple((0, 4), 6)),
     Case("strided", _strided),

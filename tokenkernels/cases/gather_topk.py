@@ -140,6 +140,8 @@ def launches(kwargs: dict[str, Any]) -> tuple[int, int]:
     return selecting + (k is None) + fuse + budgets, 1 + fuse
 
 
+_LONG_TAGS = ("test", "no-gradcheck", "long")
+
 CASES = [
     Case("k", _simple(3, 37, 19, k=11)),
     Case("k-all-prefix", _simple(2, 16, 8, prefix=2, k=16)),
@@ -161,11 +163,11 @@ CASES = [
     Case("tuple-ragged-fuse", _fused_pair, ("test", "no-gradcheck")),
     Case("ties-nan-inf", _hard_scores, ("test", "no-gradcheck")),
     Case("strided", _strided),
-    Case("long-ties", _long(2, 8500, 3, k=4000), ("test", "no-gradcheck")),
-    Case("long-equal", _long(1, 17001, 1, k=9001), ("test", "no-gradcheck")),
-    Case("long-score-order", _long(1, 33000, 900, k=9001, order="score"), ("test", "no-gradcheck")),
-    Case("long-threshold", _long(2, 9001, 50, threshold=0.91), ("test", "no-gradcheck")),
-    Case("long-keep-fuse", _long_kept, ("test", "no-gradcheck")),
+    Case("long-ties", _long(2, 8500, 3, k=4000), _LONG_TAGS),
+    Case("long-equal", _long(1, 17001, 1, k=9001), _LONG_TAGS),
+    Case("long-score-order", _long(1, 33000, 900, k=9001, order="score"), _LONG_TAGS),
+    Case("long-threshold", _long(2, 9001, 50, threshold=0.91), _LONG_TAGS),
+    Case("long-keep-fuse", _long_kept, _LONG_TAGS),
     Case("evit 128x196x768 k=137", _bench(128, 196, 768, 137), ("bench",)),
     Case("visionzip 16x576x1024 k=64", _bench(16, 576, 1024, 64), ("bench",)),
     Case("next 4x2880x4096 k=320", _bench(4, 2880, 4096, 320), ("bench",)),
