@@ -8,7 +8,8 @@ namespace {
 constexpr int kChunk = 32;  // tokens: one bit each of a word
 constexpr int kWarps = cuda::kThreads / cuda::kWarp;
 constexpr int kSpan = kChunk / kWarps;  // tokens that a warp compares
-constexpr int kBlocksPerProcessor = 4;  // so that what they read twice stays in the second cache
+// Resident on a multiprocessor, so that what they read twice stays in the second cache.
+constexpr int blocks_each(bool vectors) { return vectors ? 3 : 2; }
 
 constexpr uint64_t kOwn = uint64_t{1} << 62;    // what a chunk has; packed
 constexpr uint64_t kWhole = uint64_t{1} << 63;  // `closed` and `open` are written
@@ -215,7 +216,7 @@ __device__ void write_run(const MergeRuns& p, int64_t image, int64_t begin, int6
 }
 
 template <class T, bool kVectors>
-__global__ void __launch_bounds__(cuda::kThreads, kVectors ? 3 : 2)
+__global__ void __launch_bounds__(cuda::kThreads, blocks_each(kVectors))
     merge_runs_kernel(const __grid_constant__ MergeRuns p, const __grid_constant__ Chunks s) {
   cuda::Arena arena;
   uint32_t* slot = arena.shared<uint32_t>(1);
@@ -260,16 +261,17 @@ const char* merge_runs_cuda(const MergeRuns& p, void* stream) {
   if (s.count == 0) return cuda::zero(p.offsets, (p.batch + 1) * int64_t{sizeof(int64_t)}, stream);
   const char* error = cuda::zero(s.words, (s.count + 1) * int64_t{sizeof(uint64_t)}, stream);
   if (error != nullptr) return error;
+  const bool vectors = cuda::moves_pieces(p);
   const cuda::Launch how{
-      .blocks = cuda::blocks_for(s.count, 1, kBlocksPerProcessor * cuda::multiprocessors()),
+      .blocks = cuda::blocks_for(s.count, 1, blocks_each(vectors) * cuda::multiprocessors()),
       .threads = cuda::kThreads,
       .shared = cuda::shared_bytes<uint32_t>(1) + cuda::shared_bytes<uint32_t>(kWarps) +
                 cuda::shared_bytes<Found>(1),
       .stream = stream};
   dispatch(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    error = cuda::moves_pieces(p) ? cuda::launch<merge_runs_kernel<T, true>>(how, p, s)
-                                  : cuda::launch<merge_runs_kernel<T, false>>(how, p, s);
+    error = vectors ? cuda::launch<merge_runs_kernel<T, true>>(how, p, s)
+                    : cuda::launch<merge_runs_kernel<T, false>>(how, p, s);
   });
   return error;
 }
