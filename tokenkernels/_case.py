@@ -56,7 +56,7 @@ class Make:
 @dataclass(frozen=True)
 class Case:
     """One call of an op: `make` draws the keyword arguments, `tags` say who uses it ("test",
-    "bench").
+    "bench"), and what the tests must know of it ("long": too much for an interpreter).
     """
 
     id: str

@@ -116,13 +116,14 @@ class Draft {
                index_);
   }
 
-  // Heads that lie one behind the other and keep the same rows move as one.
+  // Heads that lie one behind the other and keep the same rows move as one, unless that would be
+  // more than a row may have.
   bool together(int64_t layer, bool turns, const CompactKv::Tensor& rows, const Kind& kind) const {
     const bool alike =
         of_layer(p_.indices, p_.index_count, layer).kept.heads == 1 &&
         (p_.lengths == nullptr || of_layer(p_.lengths, p_.length_count, layer).heads == 1);
     return !turns && alike && kind.heads > 1 && kind.from_head == rows.row_bytes &&
-           kind.to_head == rows.row_bytes;
+           kind.to_head == rows.row_bytes && kind.heads <= kMostRowBytes / (rows.row_bytes + 1);
   }
 
   void add_plane(int64_t layer, int64_t t, const CompactKv::Index& index, uint16_t record) {
@@ -188,8 +189,9 @@ const char* launch(Draft& draft, void* stream) {
   common.slices = static_cast<int32_t>(wanted < 1 ? 1 : wanted);
   int64_t units = draft.most_units;
   if (ordered && units / common.slices > draft.most_walks) units = draft.most_walks * common.slices;
-  const int64_t planned = common.plans * common.index_rows * common.index_chunks +
-                          (common.pages.table != nullptr ? common.batch : 0);
+  const int64_t plans = common.plans * common.index_rows * common.index_chunks +
+                        (common.pages.table != nullptr ? common.batch : 0);
+  const int64_t planned = cuda::blocks_for(plans, 1, 2 * cuda::multiprocessors());
   const cuda::Launch how{.blocks = planned > units ? planned : units,
                          .threads = cuda::kThreads,
                          .shared = cuda::shared_bytes<Hop>(kStage) +

@@ -222,18 +222,20 @@ template <int kWords>
 __device__ void plan(const Table<kWords>& table, int64_t* partial) {
   const Common& common = table.common;
   const int64_t plans = common.plans * common.index_rows * common.index_chunks;
-  if (cuda::block() >= plans) {
-    if (common.pages.table != nullptr && cuda::block() - plans < common.batch)
-      free_blocks(table, cuda::block() - plans, partial);
-    return;
+  const int64_t all = plans + (common.pages.table != nullptr ? common.batch : 0);
+  for (int64_t item = cuda::block(); item < all; item += cuda::blocks()) {
+    if (item >= plans) {
+      free_blocks(table, item - plans, partial);
+      continue;
+    }
+    const int64_t rows = item / common.index_chunks;
+    const int64_t first = (item - rows * common.index_chunks) * kChunk;
+    const int64_t number = rows / common.index_rows, row = rows - number * common.index_rows;
+    const auto layer = record<Layer>(table, plane_of(table, number * common.per_layer).layer);
+    const auto index = record<Index>(table, layer.index);
+    if (row < index.batch * index.kept.heads && (first < index.count || first == 0))
+      plan_chunk(table, index, row, first);
   }
-  const int64_t rows = cuda::block() / common.index_chunks;
-  const int64_t first = (cuda::block() - rows * common.index_chunks) * kChunk;
-  const int64_t number = rows / common.index_rows, row = rows - number * common.index_rows;
-  const auto layer = record<Layer>(table, plane_of(table, number * common.per_layer).layer);
-  const auto index = record<Index>(table, layer.index);
-  if (row < index.batch * index.kept.heads && (first < index.count || first == 0))
-    plan_chunk(table, index, row, first);
 }
 
 }  // namespace tk::compact

@@ -124,6 +124,26 @@ def _rope_per_layer(t: Make) -> dict[str, Any]:
     }
 
 
+def _heads_together(t: Make) -> dict[str, Any]:
+    """All heads of a position side by side, which keep the same."""
+    layers = [tuple(t.randn(2, n, 3, 8).transpose(1, 2) for _ in range(2)) for n in (21, 17)]
+    return {"layers": layers, "index": ragged(t, [17], 9, (2,))}
+
+
+def _many_layers(t: Make) -> dict[str, Any]:
+    """More than a GPU takes in one launch, each with a shape and an index of its own."""
+    tokens = [3 + i % 7 for i in range(130)]
+    layers = [(t.randn(1, 1, n, 2), t.randn(1, 1, n, 3)) for n in tokens]
+    return {"layers": layers, "index": [kept(t, n, 2) for n in tokens]}
+
+
+def _many_like_layers(t: Make) -> dict[str, Any]:
+    return {
+        "layers": [(t.randn(2, 1, 5, 2),) for _ in range(131)],
+        "index": ragged(t, [5], 3, (2,)),
+    }
+
+
 _BOTH = ("stable", "fill")
 _SMALL: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "per-sample": (_per_sample, _BOTH, ()),
@@ -135,6 +155,9 @@ _SMALL: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "mixed-layers": (_mixed_layers, _BOTH, ("coupled",)),
     "rope-per-layer": (_rope_per_layer, _BOTH, ("coupled",)),
     "int8-scales": (_with_scales, ("stable",), ()),
+    "heads-together": (_heads_together, _BOTH, ()),
+    "many-layers": (_many_layers, ("stable",), ("coupled", "long")),
+    "many-like-layers": (_many_like_layers, ("fill",), ("long",)),
     "strided": (_strided, ("fill",), ()),
     "rope": (_rope(2, 3, 40, 36, 17, ()), ("stable",), ("coupled",)),
     "rope-per-head": (_rope(2, 3, 40, 64, 25, (2, 3)), _BOTH, ("coupled",)),

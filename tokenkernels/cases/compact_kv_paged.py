@@ -92,6 +92,13 @@ def _many_heads(t: Make) -> dict[str, Any]:
     return call | {"pool": [call["pool"][0][:1]], "index": index}
 
 
+def _many_layers(t: Make) -> dict[str, Any]:
+    """More than a GPU takes in one launch; one of the first alone decides what is free."""
+    call = _paged(t, [14, 9], 2, heads=[1, 2] * 65, channels=2)
+    index = [kept(t, 9, 8 if i == 3 else 2) for i in range(130)]
+    return call | {"pool": [layer[:1] for layer in call["pool"]], "index": index}
+
+
 def _with_scales(t: Make) -> dict[str, Any]:
     call = _paged(t, [18, 25], 16)
     shape = (*call["pool"][0][0].shape[:3], 40)
@@ -154,6 +161,7 @@ _SMALL: dict[str, tuple[Any, tuple[str, ...]]] = {
     "per-layer": (_per_layer, _BOTH),
     "after-another": (_after_another, _BOTH),
     "many-heads": (_many_heads, ("stable",)),
+    "many-layers": (_many_layers, ("stable",)),
     "int8-scales": (_with_scales, ("stable",)),
     "heads-first": (_heads_first, _BOTH),
     "common-prefix": (_common_prefix, ("stable",)),
@@ -347,7 +355,11 @@ BAD_VALUES = [
 
 CASES = [
     *(
-        Case(f"{name}-{order}", with_options(make, order=order), ("test", "inplace"))
+        Case(
+            f"{name}-{order}",
+            with_options(make, order=order),
+            ("test", "inplace", *["long"] * (make is _many_layers)),
+        )
         for name, (make, orders) in _SMALL.items()
         for order in orders
     ),
