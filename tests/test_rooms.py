@@ -48,7 +48,7 @@ def name(path: Path) -> str:
 
 # C++: what each room includes, and the words it must not contain.
 
-OWN_HEADERS = r'"(tokenkernels|numeric|codes|pool|token_rows)\.h"'
+OWN_HEADERS = r'"(tokenkernels|numeric|codes|pool|token_rows|compact_call)\.h"'
 PLAIN = r"<c(stdint|stddef|string|math|float)>"
 HOST_MEANING = r'"cuda_on_host/launch_\w+\.h"'
 

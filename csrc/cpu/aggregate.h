@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cpu/gemm.h"
+#include "cpu/work.h"
 
 namespace tk::TK_ISA {
 namespace {
@@ -19,35 +20,6 @@ constexpr float kNegativeInfinity = -__builtin_inff();
 // summation order.
 TK_INLINE int64_t block_size(int64_t count, int64_t most) {
   return count <= most ? larger<int64_t>(count, 1) : ceil_div(count, ceil_div(count, most));
-}
-
-// Hands out consecutive pieces of the scratch, each aligned to a cache line; from address 0 it only
-// counts.
-struct Arena {
-  uintptr_t base;
-  int64_t used = 0;
-
-  float* floats(int64_t count) {
-    const uintptr_t piece = base + static_cast<uintptr_t>(used);
-    used += ceil_div(count * 4, 64) * 64;
-    return reinterpret_cast<float*>(piece);
-  }
-};
-
-// `workers` threads take the tasks one by one: body(task, worker). Which worker meets which task
-// changes no result.
-template <class Body>
-TK_INLINE void share_tasks(const Pool& pool, int64_t tasks, int64_t workers, const Body& body) {
-  int64_t next = 0;
-  parallel_for(pool, smaller(tasks, workers), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      for (;;) {
-        const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-        if (task >= tasks) break;
-        body(task, worker);
-      }
-    }
-  });
 }
 
 struct Whole {};

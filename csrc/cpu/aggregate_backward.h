@@ -305,7 +305,7 @@ struct BackwardScratch {
 };
 
 BackwardScratch backward_scratch(const AggregateSoftBackward& p, const Cuts& cuts, int threads) {
-  Arena arena{reinterpret_cast<uintptr_t>(p.scratch)}, own{0};
+  Arena arena{p.scratch}, own{nullptr};
   const bool query = p.query_grad != nullptr;
   BackwardScratch scratch;
   scratch.sums = arena.floats(query ? cuts.sums * (cuts.shared ? 1 : cuts.images) : 0);

@@ -130,9 +130,9 @@ void run(const AggregateSoft& p, const Pool& all) {
   const Plan plan(p, pool.threads);
   const float scale = p.scale_tensor ? *p.scale_tensor : p.scale;
   const bool shared = p.query.batch_stride == 0;
-  Arena arena{reinterpret_cast<uintptr_t>(p.scratch)};
+  Arena arena{p.scratch};
   float* const packed = arena.floats(shared ? packed_size(p.E, p.M) : 0);
-  Arena sizes{0};
+  Arena sizes{nullptr};
   worker_scratch(p, plan, &sizes);
   if (shared) {
     parallel_for(pool, ceil_div(p.M, kTileCols), 1, [&](int64_t begin, int64_t end) {
@@ -159,7 +159,7 @@ void run(const AggregateSoft& p, const Pool& all) {
 
 int64_t forward_scratch(const AggregateSoft& p, int threads) {
   const Plan plan(p, threads_for(threads, products_of(p)));
-  Arena shared{0}, own{0};
+  Arena shared{nullptr}, own{nullptr};
   shared.floats(p.query.batch_stride == 0 ? packed_size(p.E, p.M) : 0);
   worker_scratch(p, plan, &own);
   return shared.used + plan.workers * own.used;

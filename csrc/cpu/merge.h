@@ -58,19 +58,6 @@ TK_INLINE void store_pair(BFloat16* to, Pair value) {
   std::memcpy(to, &both, sizeof both);
 }
 
-// The first `count` elements, mostly all of them: the partial load of a narrow instruction set goes
-// through memory.
-template <class T>
-TK_INLINE Floats load_some(const T* from, int count) {
-  return count == kLanes ? load(from) : load(from, count);
-}
-
-template <class T>
-TK_INLINE void store_some(T* to, Floats value, int count) {
-  if (count == kLanes) return store(to, value);
-  store(to, value, count);
-}
-
 TK_INLINE int lanes_left(int64_t channels, int64_t c) {
   return static_cast<int>(smaller<int64_t>(kLanes, channels - c));
 }

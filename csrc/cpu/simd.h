@@ -293,5 +293,18 @@ TK_INLINE void parallel_for(const Pool& pool, int64_t count, int64_t grain, cons
       &body);
 }
 
+// The first `count` elements, mostly all of them: the partial load of a narrow instruction set goes
+// through memory.
+template <class T>
+TK_INLINE Floats load_some(const T* from, int count) {
+  return count == kLanes ? load(from) : load(from, count);
+}
+
+template <class T>
+TK_INLINE void store_some(T* to, Floats value, int count) {
+  if (count == kLanes) return store(to, value);
+  store(to, value, count);
+}
+
 }  // namespace
 }  // namespace tk::TK_ISA

@@ -190,7 +190,7 @@ void shared_image(const SlimTokens& p, const Plan& plan, const Scratch& scratch,
     const int64_t tiles =
         larger(ceil_div(count, kTileTokens), smaller(2 * plan.workers, ceil_div(count, kTileRows)));
     const int64_t panels = ceil_div(p.channels, kTileCols), packs = smaller(panels, plan.workers);
-    share(pool, plan.workers, tiles + packs, [&](int64_t worker, int64_t i) {
+    share_tasks(pool, tiles + packs, plan.workers, [&](int64_t i, int64_t worker) {
       if (i < tiles) {
         route<T>(p, scratch.weights, b, first, part(count, i, tiles), part(count, i + 1, tiles),
                  scratch.tile(p, plan, worker), image);
@@ -199,7 +199,7 @@ void shared_image(const SlimTokens& p, const Plan& plan, const Scratch& scratch,
                        part(panels, i - tiles + 1, packs) * kTileCols, image);
       }
     });
-    share(pool, plan.workers, blocks, [&](int64_t, int64_t i) {
+    share_tasks(pool, blocks, plan.workers, [&](int64_t i, int64_t) {
       const int64_t begin = part(vectors, i, blocks) * kLanes,
                     end = part(vectors, i + 1, blocks) * kLanes;
       aggregate<T>(p, image, count, begin, end, first == 0);
@@ -225,13 +225,13 @@ Status slim_tokens(const SlimTokens& p, const Pool& all) {
   if (p.batch == 0) return Status::kOk;
   const Pool pool{all.run, threads_for(all.threads, products_of(p))};
   const Plan plan = plan_for(p, pool.threads);
-  Arena arena{static_cast<char*>(p.scratch)};
+  Arena arena{p.scratch};
   const Scratch scratch = take_scratch(p, plan, arena);
   dispatch(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     pack_weights<T>(p, scratch.weights);
     if (plan.by_image) {
-      share(pool, plan.workers, p.batch, [&](int64_t worker, int64_t b) {
+      share_tasks(pool, p.batch, plan.workers, [&](int64_t b, int64_t worker) {
         whole_image<T>(p, scratch.weights, b, scratch.tile(p, plan, worker),
                        scratch.image(p, plan, worker));
       });

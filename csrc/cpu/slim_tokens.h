@@ -4,29 +4,12 @@
 
 #include "cpu/gelu.h"
 #include "cpu/gemm.h"
-#include "cpu/simd.h"
+#include "cpu/work.h"
 
 namespace tk::TK_ISA {
 namespace {
 
 TK_INLINE int64_t round_up(int64_t value, int64_t unit) { return ceil_div(value, unit) * unit; }
-
-// Deals out arrays from a block of memory aligned to 64 bytes. From a null pointer it only counts
-// what would be `used`.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-
-  TK_INLINE char* bytes(int64_t count) {
-    char* part = base == nullptr ? nullptr : base + used;
-    used += round_up(count, 64);
-    return part;
-  }
-
-  TK_INLINE float* floats(int64_t count) {
-    return reinterpret_cast<float*>(bytes(count * static_cast<int64_t>(sizeof(float))));
-  }
-};
 
 // Slots of a row of logits, padded to whole vectors.
 TK_INLINE int64_t slot_stride(const SlimTokens& p) { return round_up(p.slots, kLanes); }
@@ -51,16 +34,6 @@ TK_INLINE float sum_vectors(int64_t cols, const Body& body) {
   }
   for_vectors(cols - c, [&](int64_t i, int count) { sums[0] += body(c + i, count); });
   return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
-
-template <class T>
-TK_INLINE Floats load_some(const T* from, int count) {
-  return count == kLanes ? load(from) : load(from, count);
-}
-
-template <class T>
-TK_INLINE void store_some(T* to, Floats value, int count) {
-  count == kLanes ? store(to, value) : store(to, value, count);
 }
 
 // What the kernel itself makes and multiplies: float32, or T where pairs of T are multiplied.
@@ -263,18 +236,6 @@ void score_slots(const SlimTokens& p, const Weights& w, const float* projected, 
       store_some(row + m, load_some(row + m, lanes) * p.scale, lanes);
     });
   }
-}
-
-// Hands the items [0, count) to `workers`, the next one to whoever is free: body(worker, item).
-template <class Body>
-TK_INLINE void share(const Pool& pool, int64_t workers, int64_t count, const Body& body) {
-  int64_t ticket = 0;
-  parallel_for(pool, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t i; (i = __atomic_fetch_add(&ticket, 1, __ATOMIC_RELAXED)) < count;)
-        body(worker, i);
-    }
-  });
 }
 
 // Where part i of `parts` begins in [0, count).

@@ -310,7 +310,7 @@ template <class T>
 void sum_all_shares(const SlimTokensBackward& q, const Plan& plan, const Scratch& s,
                     int64_t workers, const Pool& pool) {
   const SlimTokens& p = q.forward;
-  share(pool, workers, p.batch * plan.tiles, [&](int64_t worker, int64_t item) {
+  share_tasks(pool, p.batch * plan.tiles, workers, [&](int64_t item, int64_t worker) {
     const Workspace w = workspace_of(p, plan, s, worker);
     const Item tile = item_at(p, plan, item);
     enter_image<T>(q, tile.image, w);
@@ -360,7 +360,7 @@ void backward(const SlimTokensBackward& q, const Plan& plan, const Scratch& s, i
   Product<T>::pack(static_cast<const T*>(p.w1), p.w1_row, 1, p.hidden, p.channels, s.w1);
   Product<T>::pack(static_cast<const T*>(p.w2), p.w2_row, 1, p.slots, p.hidden, s.w2);
   if (plan.tiles > 1) sum_all_shares<T>(q, plan, s, workers, pool);
-  share(pool, workers, plan.splits, [&](int64_t worker, int64_t split) {
+  share_tasks(pool, plan.splits, workers, [&](int64_t split, int64_t worker) {
     run_of_tiles<T>(q, plan, s, split, workspace_of(p, plan, s, worker));
   });
   const Sums sums = sums_of(p, plan, s, 0);
@@ -377,7 +377,7 @@ void backward(const SlimTokensBackward& q, const Plan& plan, const Scratch& s, i
 Status slim_tokens_backward(const SlimTokensBackward& q, const Pool& pool) {
   const Plan plan = plan_for(q.forward);
   const int64_t workers = smaller<int64_t>(pool.threads, plan.splits);
-  Arena arena{static_cast<char*>(q.scratch)};
+  Arena arena{q.scratch};
   const Scratch scratch = take_scratch(q.forward, plan, workers, arena);
   dispatch(q.forward.dtype,
            [&](auto zero) { backward<decltype(zero)>(q, plan, scratch, workers, pool); });

@@ -2,6 +2,7 @@
 // and the results per index.
 #pragma once
 
+#include "compact_call.h"
 #include "numpy/bind.h"
 
 namespace tk::bind {
@@ -58,7 +59,6 @@ struct Call {
 inline void set_rows(Call& call, const Arrays& index, const Arrays& lengths,
                      const py::object& inv_freq, const Arrays& old_positions,
                      const Arrays& new_positions, const array& key) {
-  CompactKv& p = call.p;
   for (const Rows& kept : call.held(index, true)) {
     const array& one = index[call.indices.size()];
     call.new_lengths.push_back(empty(shape_of(one, one.ndim() - 1), py::dtype::of<int64_t>()));
@@ -69,19 +69,10 @@ inline void set_rows(Call& call, const Arrays& index, const Arrays& lengths,
   call.lengths = call.held(lengths, false);
   call.old_positions = call.held(old_positions, true);
   call.new_positions = call.held(new_positions, true);
-  p.layers = call.layers.data();
-  p.tensors = call.tensors.data();
-  p.indices = call.indices.data();
-  p.lengths = call.lengths.empty() ? nullptr : call.lengths.data();
-  p.old_positions = call.old_positions.data();
-  p.new_positions = call.new_positions.data();
-  p.layer_count = static_cast<int64_t>(call.layers.size());
-  p.index_count = static_cast<int64_t>(call.indices.size());
-  p.length_count = static_cast<int64_t>(call.lengths.size());
-  p.old_count = static_cast<int64_t>(call.old_positions.size());
-  p.new_count = static_cast<int64_t>(call.new_positions.size());
+  set_pointers(call);
   if (inv_freq.is_none()) return;
   call.frequencies = elements(py::cast<array>(inv_freq));
+  CompactKv& p = call.p;
   p.inv_freq = static_cast<const float*>(call.frequencies.data());
   p.half = call.frequencies.size();
   p.key_dtype = dtype_of(key, "compact_kv");

@@ -2,6 +2,7 @@
 // and everything one call holds.
 #pragma once
 
+#include "compact_call.h"
 #include "torch/place.h"
 
 namespace tk::bind {
@@ -135,22 +136,6 @@ inline std::tuple<Tensor, Tensor> index_outputs(const Place& place, const Tensor
     position += one.kept.batch * one.kept.heads * one.kept.count;
   }
   return {lengths, positions};
-}
-
-// The rest of the struct, when all that its pointers point to is there.
-inline void set_pointers(Call& call) {
-  CompactKv& p = call.p;
-  p.layers = call.layers.data();
-  p.tensors = call.tensors.data();
-  p.indices = call.indices.data();
-  p.lengths = call.lengths.empty() ? nullptr : call.lengths.data();
-  p.old_positions = call.old_positions.data();
-  p.new_positions = call.new_positions.data();
-  p.layer_count = static_cast<int64_t>(call.layers.size());
-  p.index_count = static_cast<int64_t>(call.indices.size());
-  p.length_count = static_cast<int64_t>(call.lengths.size());
-  p.old_count = static_cast<int64_t>(call.old_positions.size());
-  p.new_count = static_cast<int64_t>(call.new_positions.size());
 }
 
 }  // namespace tk::bind
