@@ -17,9 +17,9 @@ NARROW = {
     r"fill: .*": "writes only",
     r"merge_adjacent: counts_kernel": "writes a few counts only",
     r"accumulate_codes: (begin|count|sort)_kernel": "reads 8-byte codes and counts of its own",
-    r"gather_topk: select_kernel": "reads scores of any stride, one by one",
+    r"gather_topk: select_kernel<.*": "reads scores of any stride, one by one",
     r"score_attention: finish_kernel": "joins and averages numbers, one by one",
-    r"(accumulate_codes: sum|merge_\w+: merge_\w+)_kernel<\w+, (false|1)>": "rows that no 16 bytes "
+    r"merge_\w+: merge_\w+_kernel<\w+, (false|1)>": "rows that no 16 bytes "
     "divide; its like for other rows stands beside it",
 }
 """Kernels that move no rows, or move them as they lie: name → why they load nothing wide."""

@@ -224,9 +224,9 @@ __device__ int64_t code_of_piece(const Round& r, int64_t codes, uint32_t piece) 
 
 // What a warp adds up: a block of columns, from `d` on, of a code or a piece of it.
 struct Task {
-  int64_t code, d, begin, end;
-  int64_t place;  // of a piece, that of its code in the list; else −1
-  float* to;
+  int64_t code, d;
+  int begin, end;
+  int place;  // of a piece, that of its code in the list; else −1
 };
 
 __device__ Task task_of(const AccumulateCodes& p, const Round& r, int64_t item, int64_t pieces,
@@ -238,12 +238,11 @@ __device__ Task task_of(const AccumulateCodes& p, const Round& r, int64_t item, 
     const LongCode code = r.longs[place];
     const int64_t begin = r.begins[code.code] + (number - code.first_piece) * r.piece_rows;
     const int64_t end = r.begins[code.code + 1], behind = begin + r.piece_rows;
-    return {code.code, d,
-            begin,     behind < end ? behind : end,
-            place,     r.partial + number * padded(p.dim) + d};
+    return {code.code, d, static_cast<int>(begin), static_cast<int>(behind < end ? behind : end),
+            static_cast<int>(place)};
   }
   const int64_t code = number - pieces;
-  return {code, d, r.begins[code], r.begins[code + 1], -1, p.sums + code * p.dim + d};
+  return {code, d, static_cast<int>(r.begins[code]), static_cast<int>(r.begins[code + 1]), -1};
 }
 
 // Whether the warp is the last of those that add up this block of columns of a code in pieces.
@@ -268,14 +267,14 @@ __device__ void sum_pieces(const AccumulateCodes& p, const Round& r, const Task&
     const float* all = r.partial + code.first_piece * stride + d;
     float* to = p.sums + code.code * p.dim + d;
     cuda::sum_rows<float, true, cuda::kKeep>(
-        0, code.pieces, end - d < columns ? end - d : columns, 1,
-        [=](int64_t i) { return all + i * stride; },
+        0, static_cast<int>(code.pieces), end - d < columns ? end - d : columns, 1,
+        [=](int i) { return all + i * stride; },
         [=](int64_t column, float sum) { to[column] = r.first > 0 ? to[column] + sum : sum; });
   }
 }
 
 template <class T, bool kVectors>
-__global__ void __launch_bounds__(cuda::kThreads, 2)
+__global__ void __launch_bounds__(cuda::kThreads, kVectors ? 3 : 2)
     sum_kernel(const __grid_constant__ AccumulateCodes p, const __grid_constant__ Round r) {
   const uint64_t entered = r.words[r.tiles + 1];
   const auto pieces = static_cast<int64_t>(entered & UINT32_MAX);
@@ -289,12 +288,14 @@ __global__ void __launch_bounds__(cuda::kThreads, 2)
     const int64_t left = p.dim - task.d, columns = block_columns(p.x.dtype);
     cuda::sum_rows<T, kVectors, cuda::kReadOnly>(
         task.begin, task.end, left < columns ? left : columns, p.x.stride,
-        [&](int64_t number) {
+        [&](int number) {
           const int64_t at = offset_of(p.x, r.first + r.sorted[number], task.code / p.codes);
           return static_cast<const T*>(p.x.data) + at + task.d * p.x.stride;
         },
         [&](int64_t column, float sum) {
-          task.to[column] = whole && r.first > 0 ? task.to[column] + sum : sum;
+          float* to = whole ? p.sums + task.code * p.dim + task.d
+                            : r.partial + i / blocks_of(p) * padded(p.dim) + task.d;
+          to[column] = whole && r.first > 0 ? to[column] + sum : sum;
         });
     if (!whole && is_last(p, r, task)) sum_pieces(p, r, task);
   }

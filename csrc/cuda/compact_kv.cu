@@ -191,7 +191,7 @@ const char* launch(Draft& draft, void* stream) {
   if (ordered && units / common.slices > draft.most_walks) units = draft.most_walks * common.slices;
   const int64_t plans = common.plans * common.index_rows * common.index_chunks +
                         (common.pages.table != nullptr ? common.batch : 0);
-  const int64_t planned = cuda::blocks_for(plans, 1, 2 * cuda::multiprocessors());
+  const int64_t planned = cuda::blocks_for(plans, 1, cuda::multiprocessors());
   const cuda::Launch how{.blocks = planned > units ? planned : units,
                          .threads = cuda::kThreads,
                          .shared = cuda::shared_bytes<Hop>(kStage) +
