@@ -5,11 +5,11 @@ An approximate score is off by at most
 ‖x−x₁−x₂‖·E + ‖x‖·E₀ + ‖x₂‖·E₂ + (n·D + 64)·2⁻²³·‖x‖·E + 2⁻²⁰·E² + 2⁻¹⁶·|score|: what packing
 left of the token and of the codes (E, E₀, E₂ the largest lengths of codes, of what is left of
 them, of their second parts), n products of D terms summed with truncation, the codes' own squares,
-and the bits that name the column. Twice that is the window: only a code whose score lies within it
-of the best can be the nearest. `scan` keeps the best codes of the two best blocks and the highest
-of all other scores; where that lies within the window, `rescan` goes through the codes once more
-and scores exactly whatever is inside it. So the index is that of the highest exact score, of equal
-ones the lowest, whatever the blocks.
+and the bits that name the column (which make up to 2⁻¹⁴³ of a score of 0). Twice that is the
+window: only a code whose score lies within it of the best can be the nearest. `scan` keeps the best
+codes of the two best blocks and the highest of all other scores; where that lies within the window,
+`rescan` goes through the codes once more and scores exactly whatever is inside it. So the index is
+that of the highest exact score, of equal ones the lowest, whatever the blocks.
 """
 
 from dataclasses import replace
@@ -209,7 +209,7 @@ def window_of(best, length, second, left, bounds_ptr, padded, dim, METRIC, PARTS
     error += ((2 * PARTS - 1) * dim + 64) * 1.2e-7 * length * most + 1.6e-5 * tl.abs(best)
     if METRIC == "l2":
         error += 1e-6 * most * most
-    return 2.02 * error
+    return 2.02 * error + 1e-40
 
 
 @triton.jit
