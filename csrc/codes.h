@@ -44,6 +44,8 @@ struct AssignNearest {
 };
 Status assign_nearest(const AssignNearest& params, const Pool& pool);
 int64_t assign_nearest_scratch(const AssignNearest& params, int threads);
+const char* assign_nearest_cuda(const AssignNearest& params, void* stream);
+int64_t assign_nearest_cuda_scratch(const AssignNearest& params);
 
 // assign_residual: Q rounds of the l2 search, each on what the rounds before left over. Outputs are
 // contiguous.
@@ -56,6 +58,8 @@ struct AssignResidual {
 };
 Status assign_residual(const AssignResidual& params, const Pool& pool);
 int64_t assign_residual_scratch(const AssignResidual& params, int threads);
+const char* assign_residual_cuda(const AssignResidual& params, void* stream);
+int64_t assign_residual_cuda_scratch(const AssignResidual& params);
 
 // accumulate_codes: how many rows chose each code, and their sum, in ascending order of rows
 // whatever the number of threads.

@@ -1,11 +1,12 @@
-// assign_residual for torch tensors on the CPU.
+// assign_residual for torch tensors.
 #include "torch/codes.h"
 
 namespace tk::bind {
 namespace {
 
-std::tuple<Tensor, Tensor> assign_residual_cpu(Tensor x, Tensor codebooks) {
+std::tuple<Tensor, Tensor> assign_residual(Tensor x, Tensor codebooks) {
   const char* op = "assign_residual";
+  const Place place(x);
   AssignResidual p{};
   p.x = rows_of(x, false, op);
   check(codebooks.dim() == 3, op, "codebooks: allowed (Q, K, D)");
@@ -14,21 +15,28 @@ std::tuple<Tensor, Tensor> assign_residual_cpu(Tensor x, Tensor codebooks) {
         "x: allowed (…, D) of the codebooks' dtype");
   Sizes sizes(x);
   sizes.at[sizes.dims - 1] = p.codebooks.groups;
-  Tensor index = empty(sizes.at, sizes.dims, ScalarType::Long);
-  Tensor residual = empty_of_shape(x);
+  Tensor index = place.empty(sizes.at, sizes.dims, ScalarType::Long);
+  Tensor residual = empty_of_shape(place, x);
   p.index = static_cast<int64_t*>(index.data_ptr());
   p.residual = residual.data_ptr();
-  const Pool threads = pool();
-  Scratch scratch(assign_residual_scratch(p, threads.threads));
-  p.scratch = scratch.data();
-  assign_residual(p, threads);
+  place.run(
+      op, "x: allowed anything",
+      [&](const auto& threads) {
+        Scratch scratch(assign_residual_scratch(p, threads.threads));
+        p.scratch = scratch.data();
+        return tk::assign_residual(p, threads);
+      },
+      [&](auto* stream) {
+        const Tensor scratch = place.scratch(assign_residual_cuda_scratch(p));
+        p.scratch = scratch.data_ptr();
+        return assign_residual_cuda(p, stream);
+      });
   return {index, residual};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tokenkernels, CPU, m) {
-  m.impl("assign_residual", TORCH_BOX(&assign_residual_cpu));
-}
+TK_LIBRARY(CPU, m) { TK_IMPL(m, assign_residual); }
+TK_LIBRARY(CUDA, m) { TK_IMPL(m, assign_residual); }
 
 }  // namespace tk::bind

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "token_rows.h"
-#include "torch/bind.h"
+#include "torch/place.h"
 
 namespace tk::bind {
 
@@ -43,14 +43,14 @@ inline Codebooks codebooks_of(const Tensor& codebook, const char* op) {
 }
 
 // The shape of x without its last dimension.
-inline Tensor empty_per_row(const Tensor& x, ScalarType type) {
+inline Tensor empty_per_row(const Place& place, const Tensor& x, ScalarType type) {
   const Sizes sizes(x);
-  return empty(sizes.at, sizes.dims - 1, type);
+  return place.empty(sizes.at, sizes.dims - 1, type);
 }
 
-inline Tensor empty_of_shape(const Tensor& x) {
+inline Tensor empty_of_shape(const Place& place, const Tensor& x) {
   const Sizes sizes(x);
-  return empty(sizes.at, sizes.dims, x.scalar_type());
+  return place.empty(sizes.at, sizes.dims, x.scalar_type());
 }
 
 }  // namespace tk::bind

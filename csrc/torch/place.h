@@ -63,8 +63,11 @@ class Place {
   bool runs_cuda() const { return !kHasCpu || type_ == aoti_torch_device_type_cuda(); }
   void* stream() const { return stream_; }
 
+  Tensor empty(const int64_t* sizes, int64_t dims, ScalarType type) const {
+    return bind::empty(sizes, dims, type, type_, device_);
+  }
   Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) const {
-    return bind::empty(sizes.begin(), static_cast<int64_t>(sizes.size()), type, type_, device_);
+    return empty(sizes.begin(), static_cast<int64_t>(sizes.size()), type);
   }
 
   // Bytes that one call borrows: for a CUDA kernel, memory of the stream's device.
