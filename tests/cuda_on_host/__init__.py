@@ -88,10 +88,10 @@ def checked_environment() -> dict[str, str]:
 
 
 def run_tests(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The tests of the registry on this overload, in a process of their own."""
+    """The tests of the registry, and of exactness, on this overload, in a process of their own."""
     command = [
-        *(sys.executable, "-m", "pytest", "tests/test_ops.py", "--cuda-on-host", "--capture=sys"),
-        *("-q", "-k", KIND, *arguments),
+        *(sys.executable, "-m", "pytest", "tests/test_ops.py", "tests/ops/test_assign_exact.py"),
+        *("--cuda-on-host", "--capture=sys", "-q", "-k", KIND, *arguments),
     ]
     build(KIND)
     return subprocess.run(

@@ -50,12 +50,26 @@ def _hard(metric: str, dim: int) -> Any:
     return make
 
 
-def _far_from_the_origin(t: Make) -> dict[str, Any]:
-    return {
-        "x": t.randn(3, 40, 24) + 1000,
-        "codebook": t.randn(128, 24) + 1000,
-        "return_distance": True,
-    }
+def _far_from_the_origin(by: float, dim: int) -> Any:
+    def make(t: Make) -> dict[str, Any]:
+        return {
+            "x": t.randn(3, 40, dim) + by,
+            "codebook": t.randn(128, dim) + by,
+            "return_distance": True,
+        }
+
+    return make
+
+
+def _equal_codes(t: Make) -> dict[str, Any]:
+    return {"x": t.randn(2, 20, 24), "codebook": t.randn(1, 24).expand(70, 24).contiguous()}
+
+
+def _near_codes(t: Make) -> dict[str, Any]:
+    """Too near each other to tell from 16 bits, and one so far that it hides all others."""
+    codebook = t.randn(1, 24) + t.randn(70, 24) / 1024
+    codebook[41] *= 1000
+    return {"x": t.randn(2, 20, 24), "codebook": codebook, "return_distance": True}
 
 
 def _positive(metric: str) -> Any:
@@ -129,7 +143,10 @@ CASES = [
     Case("ties-nan-inf-wide", _hard("l2", 20), ("test", "no-opcheck")),
     Case("ties-nan-inf-cosine", _hard("cosine", 6), ("test", "no-opcheck")),
     Case("ties-nan-inf-dot", _hard("dot", 6), ("test", "no-opcheck")),
-    Case("offset", _far_from_the_origin),
+    Case("offset", _far_from_the_origin(1000, 24)),
+    Case("offset-ten", _far_from_the_origin(10, 9)),
+    Case("equal-codes", _equal_codes),
+    Case("near-codes", _near_codes),
     Case("positive-dot", _positive("dot")),
     Case("positive-cosine", _positive("cosine")),
     Case("tiny-codes", _tiny_codes),

@@ -28,6 +28,15 @@ def _hard(t: Make) -> dict[str, Any]:
     return {"x": x, "codebooks": books}
 
 
+def _equal_codes(t: Make) -> dict[str, Any]:
+    """After the first round all codes are one, or as near as makes no difference to 16 bits."""
+    books = t.randn(3, 1, 24).expand(3, 70, 24).contiguous()
+    books[0] = t.randn(70, 24)
+    books[2] += t.randn(70, 24) / 1024
+    books[2, 41] *= 1000
+    return {"x": t.randn(2, 20, 24), "codebooks": books}
+
+
 def _strided(t: Make) -> dict[str, Any]:
     return {
         "x": t.randn(2, 24, 3, 7).permute(0, 3, 2, 1)[:, 1::2],
@@ -49,6 +58,7 @@ CASES = [
     Case("one-round", _simple((6, 12), 1, 50)),
     Case("one-token", _simple((9,), 3, 30), ("test", "coupled")),
     Case("ties-nan-inf", _hard, ("test", "no-opcheck")),
+    Case("equal-codes", _equal_codes),
     Case("strided", _strided),
     Case("encodec 6000x8x1024x128", _simple((6000, 128), 8, 1024), ("bench",)),
     Case("dac 8192x9x1024x8", _simple((8192, 8), 9, 1024), ("bench",)),
