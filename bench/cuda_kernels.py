@@ -13,6 +13,7 @@ from bench import kernels, report
 from bench.kernels import BYTES_PER_SECOND, LAUNCH_US, PAGE, RATES, Call, together, touched
 from bench.tables import Table, number
 from tokenkernels import ops
+from tokenkernels._op import tensors_in
 
 import cuda_resources as resources  # isort: skip  (bench.kernels has put tests/ into the path)
 
@@ -34,6 +35,12 @@ KERNELS = {
     r"accumulate_codes: sum_kernel<.*true>": Launched(256, loads=4),
     r"accumulate_codes: sum_kernel<.*": Launched(256),
     r"accumulate_codes: .*": Launched(256, 48),
+    r"assign_\w+: prepare_kernel": Launched(256, 2816),
+    r"assign_nearest: exact_kernel": Launched(128, 16768),
+    r"assign_nearest: search_kernel<BFloat16, 2>": Launched(256, 192768),
+    r"assign_nearest: search_kernel<.*": Launched(256, 68752),
+    r"assign_residual: chain_kernel<BFloat16, 2>": Launched(256, 195856),
+    r"assign_residual: chain_kernel<.*": Launched(256, 81168),
     r"compact_kv: compact_kernel<.*true, \d+>": Launched(256, 20544, 4),
     r"compact_kv: compact_kernel<.*false, \d+>": Launched(256, 16448, 4),
     r"fill: .*": Launched(256),
@@ -75,6 +82,8 @@ def _score_attention(kwargs: dict[str, Any]) -> tuple[int, int]:
 
 CALLS: dict[str, Launches] = {
     "accumulate_codes": lambda kwargs: (4, 0),
+    "assign_nearest": lambda kwargs: (2 if kwargs["x"].shape[-1] <= 2 else 3, 0),
+    "assign_residual": lambda kwargs: (2, 0),
     "compact_kv": lambda kwargs: (1, 0),
     "compact_kv_": lambda kwargs: (1, 0),
     "compact_kv_paged": lambda kwargs: (1, 0),
@@ -85,6 +94,9 @@ CALLS: dict[str, Launches] = {
     "score_attention": _score_attention,
 }
 """Launches of a call, forward and backward; a memset counts."""
+
+TENSOR_CORES: dict[str, tuple[int, int]] = {"assign_nearest": (3, 1), "assign_residual": (3, 3)}
+"""Ops that multiply there, and how many products of 16 bits stand for one of float32 and of 16."""
 
 
 def launched(kernel: str) -> Launched:
@@ -122,8 +134,12 @@ def predicted(call: Call, launches: int) -> tuple[float, str, float]:
     """Bytes, what limits a call, and microseconds."""
     moved, flops = call.cost or (sum(touched(launch) for launch, _ in call.launches), None)
     memory, start = 1e6 * moved / BYTES_PER_SECOND, LAUNCH_US * launches
-    arithmetic = 1e6 * (flops or 0) / RATES["float32"]
-    longest = max((start, "launches"), (memory, "memory"), (arithmetic, "products, float32"))
+    kind, times = "float32", 1
+    if call.op.name in TENSOR_CORES:
+        narrow = any(t.element_size() == 2 for t in tensors_in(call.kwargs))
+        kind, times = "16 bits", TENSOR_CORES[call.op.name][narrow]
+    arithmetic = 1e6 * times * (flops or 0) / RATES[kind]
+    longest = max((start, "launches"), (memory, "memory"), (arithmetic, f"products, {kind}"))
     return moved, longest[1], start + max(memory, arithmetic)
 
 

@@ -25,6 +25,8 @@ NARROW = {
 """Kernels that move no rows, or move them as they lie: name → why they load nothing wide."""
 
 PRODUCTS: dict[str, dict[str, str]] = {
+    r"assign_nearest: search_kernel<.*": {"sm_80": "HMMA.16816", "sm_90a": "HMMA.16816"},
+    r"assign_residual: chain_kernel<.*": {"sm_80": "HMMA.16816", "sm_90a": "HMMA.16816"},
     r"score_attention: (measure|score)_kernel<.*": {"sm_80": "HMMA", "sm_90a": "HMMA"},
 }
 """Kernels that multiply on tensor cores: name → architecture → the instruction that must be in."""
