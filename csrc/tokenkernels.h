@@ -129,6 +129,8 @@ struct AggregateSoft {
 };
 Status aggregate_soft(const AggregateSoft& params, const Pool& pool);
 int64_t aggregate_soft_scratch(const AggregateSoft& params, int threads);
+const char* aggregate_soft_cuda(const AggregateSoft& params, void* stream);
+int64_t aggregate_soft_cuda_scratch(const AggregateSoft& params);
 
 // The gradients. A null output is not wanted.
 struct AggregateSoftBackward {
@@ -152,6 +154,8 @@ struct AggregateSoftBackward {
 };
 Status aggregate_soft_backward(const AggregateSoftBackward& params, const Pool& pool);
 int64_t aggregate_soft_backward_scratch(const AggregateSoftBackward& params, int threads);
+const char* aggregate_soft_backward_cuda(const AggregateSoftBackward& params, void* stream);
+int64_t aggregate_soft_backward_cuda_scratch(const AggregateSoftBackward& params);
 
 // aggregate_logits: the same with given logits.
 struct AggregateLogits {
@@ -166,6 +170,8 @@ struct AggregateLogits {
 };
 Status aggregate_logits(const AggregateLogits& params, const Pool& pool);
 int64_t aggregate_logits_scratch(const AggregateLogits& params, int threads);
+const char* aggregate_logits_cuda(const AggregateLogits& params, void* stream);
+int64_t aggregate_logits_cuda_scratch(const AggregateLogits& params);
 
 struct AggregateLogitsBackward {
   DType dtype;  // of gradient, logits, value, tokens and the gradients
@@ -181,6 +187,8 @@ struct AggregateLogitsBackward {
 };
 Status aggregate_logits_backward(const AggregateLogitsBackward& params, const Pool& pool);
 int64_t aggregate_logits_backward_scratch(const AggregateLogitsBackward& params, int threads);
+const char* aggregate_logits_backward_cuda(const AggregateLogitsBackward& params, void* stream);
+int64_t aggregate_logits_backward_cuda_scratch(const AggregateLogitsBackward& params);
 
 // slim_tokens: softmax over the tokens of scale · GELU(LN(x) · w1ᵀ + b1) · w2ᵀ, applied to x. H is
 // the hidden width of the projection.

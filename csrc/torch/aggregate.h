@@ -2,7 +2,7 @@
 // type.
 #pragma once
 
-#include "torch/bind.h"
+#include "torch/place.h"
 
 namespace tk::bind {
 
