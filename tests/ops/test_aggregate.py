@@ -85,8 +85,19 @@ def test_operands_of_no_dimension_are_refused_in_words() -> None:
 
 def test_one_token_is_every_slot() -> None:
     value = drawn(2, 1, 7)
-    got = tk.aggregate_soft(drawn(4, 3), drawn(2, 1, 3), value)
-    assert torch.equal(got, value.expand(2, 4, 7))
+    for got in (
+        tk.aggregate_soft(drawn(4, 3), drawn(2, 1, 3), value),
+        tk.aggregate_logits(drawn(2, 1, 4), value),
+    ):
+        assert torch.equal(got, value.expand(2, 4, 7))
+
+
+def test_logits_of_ten_thousand_with_ties() -> None:
+    logits, value = 1e4 * drawn(2, 21, 6).sign(), drawn(2, 21, 7)
+    logits[:, :, 0] = -1e4
+    got = tk.aggregate_logits(logits, value)
+    want = tk.aggregate_logits(logits.double(), value.double(), backend="reference")
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
 
 
 def test_weights_are_those_of_the_tokens() -> None:

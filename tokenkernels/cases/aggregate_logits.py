@@ -30,6 +30,17 @@ def _strided(t: Make) -> dict[str, Any]:
     return {"logits": both[:, :, :13], "value": both[:, :, 13:], "mask": t.bool(0.7, (19, 2)).T}
 
 
+def _extreme(t: Make) -> dict[str, Any]:
+    """Slots of one token alone, of all alike, of any; an image of one token."""
+    logits = t.randn(2, 21, 6)
+    logits[:, :, 0], logits[:, 3, 0] = -1e4, 1e4
+    logits[:, :, 1], logits[:, 3, 1] = -1e4, 0
+    logits[:, :, 2], logits[:, :, 3] = 0, 0.5
+    mask = t.bool(1.0, (2, 21))
+    mask[0, 1:] = False
+    return {"logits": logits, "value": t.randn(2, 21, 7), "mask": mask}
+
+
 def _backward_case(**needs: bool) -> Any:
     def make(t: Make) -> dict[str, Any]:
         mask, logits, value = t.bool(0.8, (2, 150)), 2 * t.randn(2, 150, 290), t.randn(2, 150, 21)
@@ -69,6 +80,7 @@ CASES = [
     Case("more-slots", _simple(1, 5, 300, 3)),
     Case("strided", _strided),
     Case("long", _simple(1, 1100, 5, 3)),
+    Case("extreme", _extreme),
     Case("sit 16x196 m=128 c=768", _simple(16, 196, 128, 768), ("bench",)),
     Case("video 2x4096 m=256 c=768", _simple(2, 4096, 256, 768), ("bench",)),
     Case("resampler 4x576 m=64 c=1024", _simple(4, 576, 64, 1024), ("bench",)),

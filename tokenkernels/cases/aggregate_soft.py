@@ -88,6 +88,19 @@ def _peaky(t: Make) -> dict[str, Any]:
     }
 
 
+def _extreme(t: Make) -> dict[str, Any]:
+    """Scores of ±1e4, each of one product; of the first slot one token alone, of the last all
+    alike; an image of one token.
+    """
+    key = 100 * t.randn(2, 21, 5).sign()
+    key[:, :, 0] = -100
+    key[:, 3, 0] = 100
+    query = 100 * torch.eye(6, 5, dtype=key.dtype, device=key.device)
+    mask = t.bool(1.0, (2, 21))
+    mask[0, 1:] = False
+    return {"query": query, "key": key, "value": t.randn(2, 21, 7), "mask": mask}
+
+
 def _strided(t: Make) -> dict[str, Any]:
     both = t.randn(19, 2, 2, 16).transpose(0, 1)
     return {
@@ -151,6 +164,7 @@ CASES = [
     Case("scale-tensor", _scale_tensor),
     Case("infinite-bias", _infinite),
     Case("peaky-blocks", _peaky),
+    Case("extreme", _extreme),
     Case("one-slot", _simple(2, 70, 1, 33, 65)),
     Case("two-tokens", _simple(2, 2, 6, 4, 4)),
     Case("no-tokens", _simple(2, 0, 3, 4, 5)),
