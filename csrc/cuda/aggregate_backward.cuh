@@ -14,7 +14,7 @@ constexpr int kSpread = 128;  // columns that are summed at a time
 template <class T>
 constexpr int kWidth = sizeof(T) == 4 ? 32 : 64;  // columns of a tile of factors
 template <class T>
-constexpr int kTerms = sizeof(T) == 4 ? 16 : 32;  // at a time: more take more registers
+constexpr int kTerms = 16;  // at a time: more take more registers
 template <class T>
 constexpr int kStep = sizeof(T) == 4 ? 8 : 32;
 template <class T>
@@ -183,41 +183,47 @@ __device__ void for_square(Square& sums, const Body& body) {
   });
 }
 
-// Weights of the square, and in `raw` scores before the scale where there are queries.
+// Weights of the square; this lane's scores before the scale to `raw_to`, if that is not null.
 template <class T, bool soft>
-__device__ void make_weights(Square& weights, Square& raw, const PairRoom<T, soft>& room,
-                             const Gradients& p) {
+__device__ void make_weights(Square& weights, const PairRoom<T, soft>& room, const Gradients& p,
+                             float* raw_to) {
   const bool given = soft && p.weights != nullptr;
-  if (soft && (!given || p.scale_grads != nullptr))
+  Square raw = {};
+  if (soft && (!given || raw_to != nullptr))
     multiply_rows(raw, room, room.pair->keys, room.pair->queries);
   const float factor = p.factor();
+  const int first = square_column() + lane() % 4 * 2, slots = room.pair->slots - first;
+  const float* lse = room.pair->lse + first;
 #pragma unroll
   for (int v = 0; v < 4; ++v) {
     const int token = square_row() + lane() / 4 + v / 2 * 8;
-    const bool here = token < room.pair->tokens, visible = room.pair->shown(token);
+    const bool visible = room.pair->shown(token);
+    const bool taken = given ? token < room.pair->tokens : visible;
     const float added =
         visible && room.pair->bias != nullptr ? room.pair->bias[token * p.bias.token_stride] : 0.0f;
+    const T* logits =
+        soft ? nullptr
+             : room.pair->keys.at + token * room.pair->keys.stride + room.pair->slot + first;
+    const float* known = given ? room.pair->weights + token * p.M + first : nullptr;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int slot = square_column() + 8 * j + lane() % 4 * 2 + v % 2;
-      const bool inside = slot < room.pair->slots;
+      const int slot = 8 * j + v % 2;
       float weight = 0.0f;
-      if (given) {
-        if (here && inside) weight = room.pair->weights[token * p.M + slot];
-      } else if (visible && inside) {
-        if constexpr (!soft)
-          raw[0][j][v] =
-              widen(room.pair->keys.at[token * room.pair->keys.stride + room.pair->slot + slot]);
-        weight = exponential(raw[0][j][v] * factor + added, shift_of(room.pair->lse[slot]));
+      if (taken && slot < slots) {
+        if constexpr (!soft) raw[0][j][v] = widen(logits[slot]);
+        weight =
+            given ? known[slot] : exponential(raw[0][j][v] * factor + added, shift_of(lse[slot]));
       }
       weights[0][j][v] = weight;
+      if (raw_to != nullptr) raw_to[(4 * j + v) * kThreads + thread()] = raw[0][j][v];
     }
   }
 }
 
-// What slopes sum up to by token, onto what slots before did.
+// What slopes sum up to by token, onto what slots before did; `raw` are this lane's scores before
+// the scale, where the scale has a gradient.
 template <class T, bool soft>
-__device__ void add_by_token(Square& slopes, Square& raw, const PairRoom<T, soft>& room) {
+__device__ void add_by_token(Square& slopes, const float* raw, const PairRoom<T, soft>& room) {
 #pragma unroll
   for (int v = 0; v < 2; ++v) {
     float sum = 0.0f, product = 0.0f;
@@ -225,8 +231,9 @@ __device__ void add_by_token(Square& slopes, Square& raw, const PairRoom<T, soft
     for (int j = 0; j < 4; ++j)
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        sum += slopes[0][j][2 * v + c];
-        product += slopes[0][j][2 * v + c] * raw[0][j][2 * v + c];
+        const float slope = slopes[0][j][2 * v + c];
+        sum += slope;
+        if (raw != nullptr) product += slope * raw[(4 * j + 2 * v + c) * kThreads + thread()];
       }
     for (int step = 1; step < 4; step *= 2) {
       sum += shuffle_xor(sum, step);
@@ -253,12 +260,14 @@ struct Wanted {
 };
 
 // Weights and slopes of the tokens and slots at hand, to tiles of `stride`; gives the unit of the
-// slopes. The block waits before it goes on to what it wrote.
+// slopes. The block waits before it goes on to what it wrote. `aside` is room for 64 × 64 numbers
+// where the scale has a gradient.
 template <class T, bool soft>
 __device__ float make_square(const PairRoom<T, soft>& room, const Gradients& p, T* weights_to,
-                             T* slopes_to, int stride, const Wanted wanted) {
-  Square raw = {}, weights = {};
-  make_weights(weights, raw, room, p);
+                             T* slopes_to, int stride, const Wanted wanted, float* aside) {
+  Square weights;
+  float* raw = soft && wanted.sums && p.scale_grads != nullptr ? aside : nullptr;
+  make_weights(weights, room, p, raw);
   if (wanted.weights) put_square<T>(weights_to, stride, weights, 1 / kWeightUnit<T>);
   float unit = 1.0f;
   if (wanted.slopes) {
@@ -270,15 +279,16 @@ __device__ float make_square(const PairRoom<T, soft>& room, const Gradients& p, 
     multiply_rows(slopes, room, room.pair->values, room.pair->gradients);
     sync();
     float most = 0.0f;
+    const int first = square_column() + lane() % 4 * 2, slots = room.pair->slots - first;
+    const float* means = room.means + first;
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
       const bool visible = room.pair->shown(square_row() + lane() / 4 + v / 2 * 8);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int slot = square_column() + 8 * j + lane() % 4 * 2 + v % 2;
+        const int slot = 8 * j + v % 2;
         float& slope = slopes[0][j][v];
-        slope = visible && slot < room.pair->slots ? weights[0][j][v] * (slope - room.means[slot])
-                                                   : 0.0f;
+        slope = visible && slot < slots ? weights[0][j][v] * (slope - means[slot]) : 0.0f;
         most = fmaxf(most, fabsf(slope));
       }
     }

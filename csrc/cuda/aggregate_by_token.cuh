@@ -38,9 +38,11 @@ inline int64_t blocks_of(const ByToken& job) {
   return any && job.groups > 0 ? job.p.B * job.tiles * job.parts : 0;
 }
 
-// Sums that wait for the weights of further slots.
+// Sums that wait for the weights of further slots, or scores for the slopes of theirs.
 __host__ __device__ inline int64_t parked_of(const ByToken& job) {
-  return job.groups > 1 ? int64_t{kTokens} * kSpread : 0;
+  return job.groups > 1                 ? int64_t{kTokens} * kSpread
+         : job.p.scale_grads != nullptr ? int64_t{kTokens} * kSlots
+                                        : 0;
 }
 
 template <class T, bool soft>
@@ -76,7 +78,7 @@ __device__ void make_group(const ByToken& job, const TokenRoom<T, soft>& at, int
     if (thread() == 0) at.room.pair->set_slots(job.p, slot);
     sync();
     const float unit = make_square<T>(at.room, job.p, at.weights + block * kSlots,
-                                      at.slopes + block * kSlots, at.stride, wanted);
+                                      at.slopes + block * kSlots, at.stride, wanted, at.parked);
     if (thread() == 0) at.units[block] = unit;
   }
   sync();
@@ -193,13 +195,13 @@ __device__ void take_tokens(const ByToken& job) {
 }
 
 template <class T, bool soft>
-__global__ void __launch_bounds__(kThreads, soft || sizeof(T) == 4 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)
     aggregate_tokens_kernel(const __grid_constant__ ByToken job) {
   take_tokens<T, soft, false>(job);
 }
 
 template <class T, bool soft>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     aggregate_tokens_again_kernel(const __grid_constant__ ByToken job) {
   take_tokens<T, soft, true>(job);
 }

@@ -49,8 +49,9 @@ __device__ void make_piece(const BySlot& job, const cuda::PairRoom<T, true>& roo
     }
     cuda::sync();
     const int at = static_cast<int>(token - first);
-    const float unit = cuda::make_square<T>(room, job.p, static_cast<T*>(nullptr),
-                                            slopes + at * stride, stride, {false, true, false});
+    const float unit =
+        cuda::make_square<T>(room, job.p, static_cast<T*>(nullptr), slopes + at * stride, stride,
+                             {false, true, false}, nullptr);
     if (cuda::thread() == 0) units[at / kTokens] = unit;
   }
   cuda::sync();
@@ -62,7 +63,7 @@ __device__ void make_piece(const BySlot& job, const cuda::PairRoom<T, true>& roo
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     aggregate_slots_kernel(const __grid_constant__ BySlot job) {
   constexpr int stride = cuda::tile_stride<T>(kSlots);
   const cuda::Gradients& p = job.p;
