@@ -102,15 +102,13 @@ struct PerToken {
   int64_t batch_stride, token_stride;
 };
 
-// One matrix per image, its rows contiguous: element (b, i, j) at data[b * batch_stride + i *
-// row_stride + j].
+// One matrix per image, rows contiguous: (b, i, j) at data[b * batch_stride + i * row_stride + j].
 struct Matrices {
   const void* data;
   int64_t batch_stride, row_stride;
 };
 
-// aggregate_soft: out[b, m] = sum over n of softmax_n(scale · <query[b, m], key[b, n]> + bias[b,
-// n]) · value[b, n].
+// aggregate_soft: out[b, m] = Σ_n softmax_n(scale · ⟨query[b, m], key[b, n]⟩ + bias[b, n]) · value.
 struct AggregateSoft {
   DType dtype;  // of query, key, value, out
   int64_t B, M, N, E, C;
