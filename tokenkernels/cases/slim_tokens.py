@@ -41,6 +41,21 @@ def _far(t: Make) -> dict[str, Any]:
     return kwargs | {"x": kwargs["x"] + 5}
 
 
+def _constant(t: Make) -> dict[str, Any]:
+    """An image of tokens with equal channels, whose variance is 0; every dtype has their values."""
+    kwargs = _shapes(2, 35, 24, 6)(t)
+    values = torch.arange(35, dtype=t.dtype, device=t.device)[:, None] % 9 - 4
+    kwargs["x"][1] = values / 4
+    return kwargs
+
+
+def _one_hot(t: Make) -> dict[str, Any]:
+    """Three slots have logits of about ±10⁴, nearly all of whose weights are 0 or 1."""
+    kwargs = _shapes(2, 7, 24, 6)(t)
+    kwargs["w2"][3:] *= 2048
+    return kwargs
+
+
 def _gradient(forward: Any, keep: bool = True) -> Any:
     """The gradient of a call, with what the forward leaves for it; `scale` as the schema has it."""
 
@@ -147,6 +162,9 @@ def _gradients_of_formula(grad: Tensor, *inputs: Any) -> tuple[Tensor, list[Tens
     return (of_logits * raw).detach(), found
 
 
+EXACT = (torch.float32, torch.float16)
+"""Of one mean of bfloat16 it is chance how far the formula is off, and it the bound."""
+
 CASES = [
     Case("small", _shapes(2, 37, 48, 11)),
     Case("odd", _shapes(3, 23, 21, 5, hidden=9, scale=0.7)),
@@ -155,7 +173,11 @@ CASES = [
     Case("negative-scale", _shapes(1, 40, 32, 4, scale=-2.0, eps=1e-3)),
     Case("patches", _patches),
     Case("far", _far, ("test", "no-opcheck")),
+    Case("constant", _constant, ("test", "no-opcheck")),
+    Case("one-hot", _one_hot, ("test", "no-opcheck")),
+    Case("one-slot", _shapes(2, 33, 17, 1), ("test", "no-opcheck"), EXACT),
     Case("tiles", _shapes(2, 300, 18, 17)),
+    Case("wide-hidden", _shapes(1, 34, 9, 66, hidden=601), ("test", "no-opcheck")),
     Case("scale-eps", _shapes(2, 9, 12, 3, eps=0.5)),
     Case("sit-s stage 1 16x196x384 M=98", _shapes(16, 196, 384, 98), ("bench",)),
     Case("sit-s stage 2 16x98x384 M=49", _shapes(16, 98, 384, 49), ("bench",)),
@@ -169,6 +191,10 @@ BACKWARD_CASES = [
     Case("one-slot", _gradient(_shapes(2, 30, 17, 1))),
     Case("projected-again", _gradient(_patches, keep=False)),
     Case("segments", _gradient(_shapes(1, 300, 18, 17))),
+    Case("far", _gradient(_far)),
+    Case("constant", _gradient(_constant)),
+    Case("sharp", _gradient(_shapes(2, 40, 24, 17, scale=12.0))),
+    Case("wide-hidden", _gradient(_shapes(1, 34, 9, 66, hidden=201))),
 ]
 
 BAD: list[Bad] = [
