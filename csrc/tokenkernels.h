@@ -201,6 +201,8 @@ struct SlimTokens {
   const void* w2;                                  // (M, H)
   int64_t w1_row, w2_row;                          // strides
   float scale;
+  const void* scale_tensor;  // one number in place of `scale`, read on a GPU only; or null
+  DType scale_dtype;
   float eps;
   void* out;         // (B, M, C), contiguous
   float* lse;        // (B, M): logarithm of the softmax's denominator
@@ -209,6 +211,8 @@ struct SlimTokens {
 };
 Status slim_tokens(const SlimTokens& params, const Pool& pool);
 int64_t slim_tokens_scratch(const SlimTokens& params, int threads);
+const char* slim_tokens_cuda(const SlimTokens& params, void* stream);
+int64_t slim_tokens_cuda_scratch(const SlimTokens& params);
 
 // slim_tokens_backward: the gradients of everything that slim_tokens reads.
 struct SlimTokensBackward {
@@ -224,6 +228,8 @@ struct SlimTokensBackward {
 };
 Status slim_tokens_backward(const SlimTokensBackward& params, const Pool& pool);
 int64_t slim_tokens_backward_scratch(const SlimTokensBackward& params, int threads);
+const char* slim_tokens_backward_cuda(const SlimTokensBackward& params, void* stream);
+int64_t slim_tokens_backward_cuda_scratch(const SlimTokensBackward& params);
 // score_attention: the share of attention that each key receives from the rows of `query`. softmax
 // over the visible keys of scale·⟨q, k⟩, then the mean over heads, then the sum and the maximum
 // over rows.

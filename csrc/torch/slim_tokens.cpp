@@ -1,5 +1,5 @@
-// slim_tokens and its gradient for torch tensors on the CPU.
-#include "torch/bind.h"
+// slim_tokens and its gradient for torch tensors.
+#include "torch/place.h"
 
 namespace tk::bind {
 namespace {
@@ -27,6 +27,19 @@ float number_in(const Tensor& tensor, const char* op) {
   return value;
 }
 
+void set_scale(const Place& place, const std::optional<Tensor>& tensor, double scale,
+               const char* op, SlimTokens& p) {
+  p.scale = static_cast<float>(scale);
+  if (!tensor) return;
+  if (!place.runs_cuda()) {
+    p.scale = number_in(*tensor, op);
+    return;
+  }
+  check(tensor->numel() == 1, op, "scale: allowed one number");
+  p.scale_tensor = tensor->data_ptr();
+  p.scale_dtype = dtype_of(*tensor, op);
+}
+
 void check_weight(const Tensor& weight, const Tensor& x, int64_t rows, int64_t cols,
                   const char* op) {
   const bool shaped = cols < 0
@@ -36,8 +49,8 @@ void check_weight(const Tensor& weight, const Tensor& x, int64_t rows, int64_t c
         "weights: allowed the dtype of x, shapes (C), (C), (H, C), (H), (M, H)");
 }
 
-SlimTokens params_of(Inputs& in, const std::optional<Tensor>& scale_tensor, double scale,
-                     double eps, const char* op) {
+SlimTokens params_of(const Place& place, Inputs& in, const std::optional<Tensor>& scale_tensor,
+                     double scale, double eps, const char* op) {
   check(in.x.dim() == 3 && in.w1.dim() == 2 && in.w2.dim() == 2, op,
         "x, w1, w2: allowed 3, 2, 2 dimensions");
   in.make_rows_contiguous();
@@ -65,40 +78,51 @@ SlimTokens params_of(Inputs& in, const std::optional<Tensor>& scale_tensor, doub
   p.w2 = in.w2.data_ptr();
   p.w1_row = in.w1.stride(0);
   p.w2_row = in.w2.stride(0);
-  p.scale = scale_tensor ? number_in(*scale_tensor, op) : static_cast<float>(scale);
+  set_scale(place, scale_tensor, scale, op, p);
   p.eps = static_cast<float>(eps);
   return p;
 }
 
-std::tuple<Tensor, Tensor, Tensor> slim_tokens_cpu(Tensor x, Tensor norm_weight, Tensor norm_bias,
-                                                   Tensor w1, Tensor b1, Tensor w2,
-                                                   std::optional<Tensor> scale_tensor, double scale,
-                                                   double eps, bool keep) {
+std::tuple<Tensor, Tensor, Tensor> slim_tokens(Tensor x, Tensor norm_weight, Tensor norm_bias,
+                                               Tensor w1, Tensor b1, Tensor w2,
+                                               std::optional<Tensor> scale_tensor, double scale,
+                                               double eps, bool keep) {
+  const char* op = "slim_tokens";
+  const Place place(x);
   Inputs in{x, norm_weight, norm_bias, w1, b1, w2};
-  SlimTokens p = params_of(in, scale_tensor, scale, eps, "slim_tokens");
-  Tensor tokens = empty({p.batch, p.slots, p.channels}, x.scalar_type());
-  Tensor lse = empty({p.batch, p.slots}, ScalarType::Float);
-  Tensor projected = keep ? empty({p.batch, p.tokens, p.hidden}, ScalarType::Float)
-                          : empty({0}, ScalarType::Float);
+  SlimTokens p = params_of(place, in, scale_tensor, scale, eps, op);
+  Tensor tokens = place.empty({p.batch, p.slots, p.channels}, x.scalar_type());
+  Tensor lse = place.empty({p.batch, p.slots}, ScalarType::Float);
+  Tensor projected = keep ? place.empty({p.batch, p.tokens, p.hidden}, ScalarType::Float)
+                          : place.empty({0}, ScalarType::Float);
   p.out = tokens.data_ptr();
   p.lse = static_cast<float*>(lse.data_ptr());
   p.projected = keep ? static_cast<float*>(projected.data_ptr()) : nullptr;
-  const Pool threads = pool();
-  Scratch scratch(slim_tokens_scratch(p, threads.threads));
-  p.scratch = scratch.data();
-  slim_tokens(p, threads);
+  place.run(
+      op, "",
+      [&](const auto& threads) {
+        Scratch scratch(slim_tokens_scratch(p, threads.threads));
+        p.scratch = scratch.data();
+        return tk::slim_tokens(p, threads);
+      },
+      [&](auto* stream) {
+        const Tensor scratch = place.scratch(slim_tokens_cuda_scratch(p));
+        p.scratch = scratch.data_ptr();
+        return slim_tokens_cuda(p, stream);
+      });
   return {tokens, lse, projected};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> slim_tokens_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> slim_tokens_backward(
     Tensor grad, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor w1, Tensor b1, Tensor w2,
     std::optional<Tensor> scale_tensor, double scale, double eps, Tensor tokens, Tensor lse,
     Tensor projected) {
   const char* op = "slim_tokens_backward";
+  const Place place(x);
   Inputs in{x, norm_weight, norm_bias, w1, b1, w2};
   SlimTokensBackward q{};
   SlimTokens& p = q.forward;
-  p = params_of(in, scale_tensor, scale, eps, op);
+  p = params_of(place, in, scale_tensor, scale, eps, op);
   const ScalarType type = x.scalar_type();
   check(grad.dim() == 3 && grad.size(0) == p.batch && grad.size(1) == p.slots &&
             grad.size(2) == p.channels && grad.scalar_type() == type,
@@ -120,10 +144,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> slim_tokens_b
   q.grad_out = grad.data_ptr();
   q.grad_batch = grad.stride(0);
   q.grad_slot = grad.stride(1);
-  Tensor grad_x = empty({p.batch, p.tokens, p.channels}, type);
-  Tensor grad_norm_weight = empty({p.channels}, type), grad_norm_bias = empty({p.channels}, type);
-  Tensor grad_w1 = empty({p.hidden, p.channels}, type), grad_b1 = empty({p.hidden}, type);
-  Tensor grad_w2 = empty({p.slots, p.hidden}, type), grad_scale = empty({}, ScalarType::Float);
+  Tensor grad_x = place.empty({p.batch, p.tokens, p.channels}, type);
+  Tensor grad_norm_weight = place.empty({p.channels}, type),
+         grad_norm_bias = place.empty({p.channels}, type);
+  Tensor grad_w1 = place.empty({p.hidden, p.channels}, type),
+         grad_b1 = place.empty({p.hidden}, type);
+  Tensor grad_w2 = place.empty({p.slots, p.hidden}, type),
+         grad_scale = place.empty({}, ScalarType::Float);
   q.grad_x = grad_x.data_ptr();
   q.grad_norm_weight = grad_norm_weight.data_ptr();
   q.grad_norm_bias = grad_norm_bias.data_ptr();
@@ -131,18 +158,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> slim_tokens_b
   q.grad_b1 = grad_b1.data_ptr();
   q.grad_w2 = grad_w2.data_ptr();
   q.grad_scale = static_cast<float*>(grad_scale.data_ptr());
-  const Pool threads = pool();
-  Scratch scratch(slim_tokens_backward_scratch(q, threads.threads));
-  q.scratch = scratch.data();
-  slim_tokens_backward(q, threads);
+  place.run(
+      op, "",
+      [&](const auto& threads) {
+        Scratch scratch(slim_tokens_backward_scratch(q, threads.threads));
+        q.scratch = scratch.data();
+        return tk::slim_tokens_backward(q, threads);
+      },
+      [&](auto* stream) {
+        const Tensor scratch = place.scratch(slim_tokens_backward_cuda_scratch(q));
+        q.scratch = scratch.data_ptr();
+        return slim_tokens_backward_cuda(q, stream);
+      });
   return {grad_x, grad_norm_weight, grad_norm_bias, grad_w1, grad_b1, grad_w2, grad_scale};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tokenkernels, CPU, m) {
-  m.impl("slim_tokens", TORCH_BOX(&slim_tokens_cpu));
-  m.impl("slim_tokens_backward", TORCH_BOX(&slim_tokens_backward_cpu));
+TK_LIBRARY(CPU, m) {
+  TK_IMPL(m, slim_tokens);
+  TK_IMPL(m, slim_tokens_backward);
+}
+TK_LIBRARY(CUDA, m) {
+  TK_IMPL(m, slim_tokens);
+  TK_IMPL(m, slim_tokens_backward);
 }
 
 }  // namespace tk::bind
