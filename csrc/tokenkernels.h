@@ -5,8 +5,8 @@
 // is `<op>_cuda(params, stream)`, every pointer being one of the device: it launches, waits for
 // nothing, and returns null or what went wrong in words; values that only the GPU sees it does not
 // follow where they are bad. Strides count elements; the last dimension of a token tensor is
-// contiguous. Letters: B batch, P prefix
-// tokens, N tokens in, M tokens out, C channels, H heads, D head dim, K codes, L layers.
+// contiguous. Letters: B batch, P prefix tokens, N tokens in, M tokens out, C channels, H heads, D
+// head dim, K codes, L layers.
 #pragma once
 
 #include <cstdint>
@@ -42,16 +42,11 @@ struct GatherTopk {
   const int64_t* budgets;  // (B), each 0…N; null where a threshold decides
   float threshold;         // every token with score ≥ threshold
   bool by_score;           // descending score instead of ascending index
-  enum class Fuse : int32_t {
-    kNone,
-    kSum,
-    kMean
-  } fuse;             // one more row: the score-weighted sum or mean of the dropped rows
-  int64_t* selected;  // (B, N): written by select; row b holds the chosen tokens of image b, the
-                      // rest of it nothing
+  // One more row: the score-weighted sum or mean of the dropped rows.
+  enum class Fuse : int32_t { kNone, kSum, kMean } fuse;
+  int64_t* selected;  // (B, N): written by select; row b begins with the chosen tokens of image b
   int64_t* index;     // (total): the chosen tokens of all images, packed
-  int64_t* offsets;   // (B+1): the first output row of every image (prefix, chosen and fused rows
-                      // counted)
+  int64_t* offsets;   // (B+1): the first output row of every image, prefix and fused rows counted
   Tensor tensors[kMaxTensors];
   int tensor_count;
   void* scratch;
@@ -121,8 +116,7 @@ struct AggregateSoft {
   const float* scale_tensor;  // one number in place of `scale`, or null
   void* scratch;
   void* out;   // (B, M, C)
-  float* lse;  // (B, M): logarithm of the sum of exponentials of a slot, −inf where no token takes
-               // part
+  float* lse;  // (B, M): logarithm of a slot's sum of exponentials, −inf where no token takes part
   float* weights;  // (B, N, M), the softmax itself, or null
 };
 Status aggregate_soft(const AggregateSoft& params, const Pool& pool);
@@ -188,11 +182,10 @@ int64_t aggregate_logits_backward_scratch(const AggregateLogitsBackward& params,
 const char* aggregate_logits_backward_cuda(const AggregateLogitsBackward& params, void* stream);
 int64_t aggregate_logits_backward_cuda_scratch(const AggregateLogitsBackward& params);
 
-// slim_tokens: softmax over the tokens of scale · GELU(LN(x) · w1ᵀ + b1) · w2ᵀ, applied to x. H is
-// the hidden width of the projection.
+// slim_tokens: softmax over the tokens of scale · GELU(LN(x) · w1ᵀ + b1) · w2ᵀ, applied to x.
 struct SlimTokens {
   DType dtype;                                     // of every `const void*` and of `out`
-  int64_t batch, tokens, channels, hidden, slots;  // B, N, C, H, M
+  int64_t batch, tokens, channels, hidden, slots;  // B, N, C, H (of the projection), M
   const void* x;                                   // (B, N, C)
   int64_t x_batch, x_token;                        // strides
   const void *norm_weight, *norm_bias;             // (C)
@@ -230,6 +223,7 @@ Status slim_tokens_backward(const SlimTokensBackward& params, const Pool& pool);
 int64_t slim_tokens_backward_scratch(const SlimTokensBackward& params, int threads);
 const char* slim_tokens_backward_cuda(const SlimTokensBackward& params, void* stream);
 int64_t slim_tokens_backward_cuda_scratch(const SlimTokensBackward& params);
+
 // score_attention: the share of attention that each key receives from the rows of `query`. softmax
 // over the visible keys of scale·⟨q, k⟩, then the mean over heads, then the sum and the maximum
 // over rows.
