@@ -35,6 +35,15 @@ KERNELS = {
     r"accumulate_codes: sum_kernel<.*true>": Launched(256, loads=4),
     r"accumulate_codes: sum_kernel<.*": Launched(256),
     r"accumulate_codes: .*": Launched(256, 48),
+    r"aggregate_join_kernel<.*": Launched(256),
+    r"aggregate_logits: .*<float>": Launched(256, 52224),
+    r"aggregate_logits: .*": Launched(256, 87040),
+    r"aggregate_soft: .*": Launched(256, 93184),
+    r"aggregate_soft_backward: aggregate_slots_kernel<.*": Launched(256, 73728),
+    r"aggregate_soft_backward: aggregate_total_kernel<.*": Launched(256),
+    r"aggregate_tokens_again_kernel<.*": Launched(256, 139264),
+    r"aggregate_tokens_kernel<float, .*": Launched(256, 107520),
+    r"aggregate_tokens_kernel<.*": Launched(256, 73728),
     r"assign_\w+: prepare_kernel": Launched(256, 2816),
     r"assign_nearest: exact_kernel": Launched(128, 16768),
     r"assign_nearest: search_kernel<BFloat16, 2>": Launched(256, 192768),
@@ -63,6 +72,17 @@ KERNELS = {
     r"score_attention: score_kernel<.*0>": Launched(128, 74864, 8),
     r"score_attention: score_kernel<.*1>": Launched(128, 73024, 8),
     r"score_attention: score_kernel<.*2>": Launched(128, 220272, 24),
+    r"slim_tokens: weigh_kernel<BFloat16>": Launched(256, 71680),
+    r"slim_tokens: weigh_kernel<Half>": Launched(256, 90112),
+    r"slim_tokens: weigh_kernel<float>": Launched(256, 83968),
+    r"slim_tokens: gather_kernel<float>": Launched(256, 53248),
+    r"slim_tokens: gather_kernel<.*": Launched(256, 40960),
+    r"slim_tokens_backward: spread_kernel<float>": Launched(256, 84992),
+    r"slim_tokens_backward: spread_kernel<.*": Launched(256, 72704),
+    r"slim_tokens_backward: lower_kernel<.*": Launched(256, 48128),
+    r"slim_tokens_backward: resist_kernel<.*": Launched(256, 41984),
+    r"slim_tokens_backward: collect_kernel<.*": Launched(256, 57344),
+    r"slim_tokens_backward: finish_kernel<.*": Launched(256, 2048),
 }
 """The first pattern that a name matches counts."""
 
@@ -80,8 +100,18 @@ def _score_attention(kwargs: dict[str, Any]) -> tuple[int, int]:
     return 1 + (kwargs.get("lse") is None) + (shared_out or kwargs.get("pool", 1) > 63), 0
 
 
+def _aggregate_logits(kwargs: dict[str, Any]) -> tuple[int, int]:
+    return 1 + (kwargs["value"].shape[1] > 1024), 1
+
+
+def _aggregate_soft(kwargs: dict[str, Any]) -> tuple[int, int]:
+    return 1 + (kwargs["key"].shape[1] > 256), 3
+
+
 CALLS: dict[str, Launches] = {
     "accumulate_codes": lambda kwargs: (4, 0),
+    "aggregate_logits": _aggregate_logits,
+    "aggregate_soft": _aggregate_soft,
     "assign_nearest": lambda kwargs: (2 if kwargs["x"].shape[-1] <= 2 else 3, 0),
     "assign_residual": lambda kwargs: (2, 0),
     "compact_kv": lambda kwargs: (1, 0),
@@ -92,11 +122,21 @@ CALLS: dict[str, Launches] = {
     "merge_backward": lambda kwargs: (1, 0),
     "merge_runs": lambda kwargs: (2, 1),
     "score_attention": _score_attention,
+    "slim_tokens": lambda kwargs: (2, 5),
 }
 """Launches of a call, forward and backward; a memset counts."""
 
-TENSOR_CORES: dict[str, tuple[int, int]] = {"assign_nearest": (3, 1), "assign_residual": (3, 3)}
-"""Ops that multiply there, and how many products of 16 bits stand for one of float32 and of 16."""
+TENSOR_CORES: dict[str, tuple[int, int]] = {
+    "aggregate_logits": (6, 1),
+    "aggregate_soft": (6, 1),
+    "assign_nearest": (3, 1),
+    "assign_residual": (3, 3),
+    "score_attention": (6, 1),
+    "slim_tokens": (6, 1),
+}
+"""Ops that multiply there, and how many products of 16 bits stand for one of float32 (three of tf32
+are six) and of 16.
+"""
 
 
 def launched(kernel: str) -> Launched:

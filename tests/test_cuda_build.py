@@ -19,15 +19,27 @@ NARROW = {
     r"accumulate_codes: (begin|count|sort)_kernel": "reads 8-byte codes and counts of its own",
     r"gather_topk: select_kernel<.*": "reads scores of any stride, one by one",
     r"score_attention: finish_kernel": "joins and averages numbers, one by one",
+    r"aggregate_soft_backward: aggregate_total_kernel<.*": "adds up what images give, one by one",
+    r"slim_tokens_backward: finish_kernel<.*": "adds up splits of parameters, one by one",
     r"merge_\w+: merge_\w+_kernel<\w+, (false|1)>": "rows that no 16 bytes "
     "divide; its like for other rows stands beside it",
 }
 """Kernels that move no rows, or move them as they lie: name → why they load nothing wide."""
 
 PRODUCTS: dict[str, dict[str, str]] = {
+    r"aggregate_(logits|soft): .*": {"sm_80": "HMMA", "sm_90a": "HMMA"},
+    r"(aggregate_soft_backward: aggregate_slots|aggregate_tokens(_again)?)_kernel<.*": {
+        "sm_80": "HMMA",
+        "sm_90a": "HMMA",
+    },
     r"assign_nearest: search_kernel<.*": {"sm_80": "HMMA.16816", "sm_90a": "HMMA.16816"},
     r"assign_residual: chain_kernel<.*": {"sm_80": "HMMA.16816", "sm_90a": "HMMA.16816"},
     r"score_attention: (measure|score)_kernel<.*": {"sm_80": "HMMA", "sm_90a": "HMMA"},
+    r"slim_tokens: (weigh|gather)_kernel<.*": {"sm_80": "HMMA", "sm_90a": "HMMA"},
+    r"slim_tokens_backward: (spread|lower|resist|collect)_kernel<.*": {
+        "sm_80": "HMMA",
+        "sm_90a": "HMMA",
+    },
 }
 """Kernels that multiply on tensor cores: name → architecture → the instruction that must be in."""
 
