@@ -12,7 +12,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from sit_golden import SMALL, TINY, official_shapes, random_sit, tensors
-from tokenmodels.sit import VARIANTS, SiT, SiTConfig, infer_config, pretrained
+from tokenmodels._files import replace_file
+from tokenmodels.sit import VARIANTS, SiT, SiTConfig, infer_config
 
 WHERE = "SiT.from_official"
 RELEASED = replace(TINY, embed_dim=64, num_heads=1)
@@ -154,9 +155,9 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         raise OSError("the disk is full")
 
     with pytest.raises(OSError, match="full"):
-        pretrained.replace_file(path, half)
+        replace_file(path, half)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    pretrained.replace_file(path, lambda unfinished: unfinished.write_text("new"))
+    replace_file(path, lambda unfinished: unfinished.write_text("new"))
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 

@@ -172,7 +172,8 @@ def infer_config(weights: Mapping[str, Tensor], *, variant: str | None = None) -
     ]
     if others:
         raise ValueError(refusal(WHERE, "variant", f"weights of {variant}", "; ".join(others)))
-    sizes = {name: found[name] for name in ("image_size", "num_classes", "in_channels")}
+    free = ("image_size", "num_classes", "in_channels", "dist_token")
+    sizes = {name: found[name] for name in free}
     return _with_slots(replace(wanted, **sizes), found["slots"])
 
 
@@ -202,6 +203,7 @@ def _described(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_classes": 0 if head is None else head.shape[0],
         "in_channels": weights["patch_embed.conv1.weight"].shape[1],
         "dense": not slots,
+        "dist_token": "dist_token" in weights,
         "slots": slots,
         "stages": _stages(weights, depth, patches, len(slots)) if slots else (depth,),
     }

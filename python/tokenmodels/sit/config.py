@@ -43,6 +43,8 @@ class SiTConfig:
         num_classes: outputs of the head; 0 for no head.
         in_channels: channels of an image.
         drop_path: stochastic depth in training; it rises linearly from 0 to this in the last block.
+        dist_token: True adds a token with a position and a head of its own, which learns the labels
+            that a second, convolutional teacher gives; predictions are the mean of both heads.
 
     Raises:
         ValueError: values that do not fit together; the text names the field.
@@ -66,13 +68,15 @@ class SiTConfig:
     num_classes: int = 1000
     in_channels: int = 3
     drop_path: float = 0.0
+    dist_token: bool = False
 
     def __post_init__(self) -> None:
         for name in ("image_size", "stages", "keep"):  # as JSON gives them
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not isinstance(self.dense, bool):
-            raise TypeError(refusal("SiTConfig", "dense", "True or False", repr(self.dense)))
+        for name in ("dense", "dist_token"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(refusal("SiTConfig", name, "True or False", repr(value)))
         for name, least in (("embed_dim", 8), ("depth", 1), ("num_heads", 1)):
             require_whole("SiTConfig", name, getattr(self, name), least)
         require_whole("SiTConfig", "num_classes", self.num_classes, 0)
@@ -174,6 +178,11 @@ class SiTConfig:
         return self.grid[0] * self.grid[1]
 
     @property
+    def prefix(self) -> int:
+        """Tokens in front of the patches, which nothing slims: class and distillation token."""
+        return 1 + self.dist_token
+
+    @property
     def slim_after(self) -> dict[int, int]:
         """Block index → patch tokens that are left behind it; empty for the dense teacher."""
         if self.dense:
@@ -212,13 +221,13 @@ class SiTConfig:
             before = channels
         patches, dim, hidden = height * width, self.embed_dim, int(self.embed_dim * self.mlp_ratio)
         for block in range(self.depth):
-            tokens = patches + 1
+            tokens = patches + self.prefix
             total += tokens * dim * (4 * dim + 2 * hidden) + 2 * tokens * tokens * dim
             if block in self.slim_after:
                 kept, keys = self.slim_after[block], dim // 2
                 total += patches * (dim * keys + keys * kept + kept * dim)
                 patches = kept
-        return total + dim * self.num_classes
+        return total + self.prefix * dim * self.num_classes
 
 
 def grid_of(image_size: int | tuple[int, int]) -> tuple[int, int]:

@@ -19,6 +19,7 @@ class FRDLosses(NamedTuple):
     cls: Tensor
     token: Tensor
     logits: Tensor
+    cnn: Tensor
 
 
 def frd_losses(
@@ -31,8 +32,12 @@ def frd_losses(
     lambda_token: float = 2.0,
     lambda_logits: float = 2.0,
     temperature: float = 1.0,
+    dist_logits: Tensor | None = None,
+    cnn_logits: Tensor | None = None,
+    lambda_cnn: float = 1.0,
 ) -> FRDLosses:
-    """Cross entropy with the targets; recovered tokens and logits against those of the teacher.
+    """Cross entropy with the targets; recovered tokens and logits against those of the teacher;
+    with a distillation token, cross entropy with the labels of a convolutional teacher.
 
     In float32, whatever the networks compute in; float64 stays. No gradient reaches the teacher.
 
@@ -46,9 +51,13 @@ def frd_losses(
         lambda_token: weight of the tokens' mean squared error, which is averaged over all blocks.
         lambda_logits: weight of the Kullback-Leibler divergence from the teacher's classes.
         temperature: by which both logits are divided there; its square multiplies the term.
+        dist_logits: (B, classes), of the student's distillation token.
+        cnn_logits: (B, classes), of the convolutional teacher; the largest is the label.
+        lambda_cnn: weight of the cross entropy between the two.
 
     Raises:
-        ValueError: not as many tokens as the teacher has, or of another shape.
+        ValueError: not as many tokens as the teacher has, or of another shape; only one of
+            `dist_logits` and `cnn_logits`.
 
     Source: Zong et al., "Self-slimmed Vision Transformer", ECCV 2022, section 3.2.
 
@@ -57,6 +66,10 @@ def frd_losses(
         >>> frd_losses(logits, tokens, logits, [torch.ones(2, 4, 8)], torch.tensor([1, 2])).token
         tensor(2.)
     """
+    if (dist_logits is None) != (cnn_logits is None):
+        given = "cnn_logits" if dist_logits is None else "dist_logits"
+        allowed = "both or neither"
+        raise ValueError(refusal("frd_losses", "dist_logits, cnn_logits", allowed, f"only {given}"))
     if len(tokens) != len(teacher_tokens):
         allowed = f"those of {len(teacher_tokens)} blocks, as the teacher's"
         raise ValueError(refusal("frd_losses", "tokens", allowed, len(tokens)))
@@ -79,7 +92,10 @@ def frd_losses(
         log_target=True,
     )
     soft = lambda_logits * temperature**2 * divergence
-    return FRDLosses(cls + token + soft, cls, token, soft)
+    hard = torch.zeros_like(cls)
+    if dist_logits is not None and cnn_logits is not None:
+        hard = lambda_cnn * F.cross_entropy(_wide(dist_logits), cnn_logits.argmax(-1))
+    return FRDLosses(cls + token + soft + hard, cls, token, soft, hard)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 from tokenmodels._blocks import Block, initialise, resample_positions
 from tokenmodels._refuse import refusal
@@ -28,11 +29,14 @@ class SiTOutput(NamedTuple):
         logits: (B, num_classes).
         assignments: per slimming (B, M, N), what each slot takes of each token before it.
         tokens: per block (B, K, C), its patch tokens, behind the slimming where one follows it.
+        heads: (B, num_classes) per head, whose mean `logits` are: that of the class token, and with
+            `config.dist_token` that of the distillation token.
     """
 
     logits: Tensor
     assignments: tuple[Tensor, ...]
     tokens: tuple[Tensor, ...]
+    heads: tuple[Tensor, ...]
 
 
 class SiT(nn.Module):
@@ -60,6 +64,7 @@ class SiT(nn.Module):
             raise TypeError(refusal("SiT", "config", "a SiTConfig", repr(config)))
         self.config = config
         self.folded = False
+        self.recompute = False
         dim, last = config.embed_dim, max(config.depth - 1, 1)
         self.stem = Stem(config.stem_layers, config.in_channels)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -76,13 +81,15 @@ class SiT(nn.Module):
         )
         self.slims = nn.ModuleList(SlimTokens(dim, slots) for slots in config.slim_after.values())
         self.norm = nn.LayerNorm(dim)
-        self.head: nn.Module = nn.Identity()
-        if config.num_classes:
-            self.head = nn.Linear(dim, config.num_classes)
+        self.head = _head(config)
+        if config.dist_token:
+            self.dist_token = nn.Parameter(torch.zeros(1, 1, dim))
+            self.dist_pos_embed = nn.Parameter(torch.zeros(1, 1, dim))
+            self.head_dist = _head(config)
         self.training_parts = TrainingParts(config) if training_parts else None
         initialise(self)
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for value in self.parameters(recurse=False):  # tokens and positions
+            nn.init.trunc_normal_(value, std=0.02)
 
     def forward(
         self, images: Tensor, *, return_assignment: bool = False, return_tokens: bool = False
@@ -106,13 +113,17 @@ class SiT(nn.Module):
         assignments: list[Tensor] | None = [] if return_assignment else None
         tokens: list[Tensor] | None = [] if return_tokens else None
         x = self._run(images, assignments=assignments, tokens=tokens)
-        logits = self.head(self.norm(x[:, 0]))
+        heads: tuple[Tensor, ...] = (self.head(self.norm(x[:, 0])),)
+        logits = heads[0]
+        if self.config.dist_token:
+            heads += (self.head_dist(self.norm(x[:, 1])),)
+            logits = (heads[0] + heads[1]) / 2
         if assignments is None and tokens is None:
             return logits
-        return SiTOutput(logits, tuple(assignments or ()), tuple(tokens or ()))
+        return SiTOutput(logits, tuple(assignments or ()), tuple(tokens or ()), heads)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Normalised tokens behind the last block: (B, 1 + M, C), the class token first."""
+        """Normalised tokens behind the last block: (B, prefix + M, C), the class token first."""
         return self.norm(self._run(images))
 
     def features_only(self, images: Tensor, *, unpooled: bool = False) -> list[Tensor]:
@@ -137,13 +148,17 @@ class SiT(nn.Module):
         return [x.transpose(1, 2).unflatten(2, grid) for x in stages[:maps]] + stages[maps:]
 
     def embed(self, images: Tensor) -> Tensor:
-        """(B, in_channels, height, width) → (B, 1 + N, C): class token, patches, positions."""
+        """(B, in_channels, height, width) → (B, prefix + N, C): class token, patches, positions."""
         self._check_images(images)
         grid = self.stem(images)
         shape = (grid.shape[2], grid.shape[3])
         positions = resample_positions(self.pos_embed, self.config.grid, shape)
-        cls = self.cls_token.expand(grid.shape[0], -1, -1)
-        return torch.cat((cls, grid.flatten(2).transpose(1, 2)), dim=1) + positions
+        first: Tensor = self.cls_token
+        if self.config.dist_token:
+            first = torch.cat((first, self.dist_token), dim=1)
+            positions = torch.cat((positions[:, :1], self.dist_pos_embed, positions[:, 1:]), dim=1)
+        first = first.expand(grid.shape[0], -1, -1)
+        return torch.cat((first, grid.flatten(2).transpose(1, 2)), dim=1) + positions
 
     def _check_images(self, images: Tensor) -> None:
         if not isinstance(images, Tensor) or not images.is_floating_point():
@@ -165,21 +180,22 @@ class SiT(nn.Module):
         tokens: list[Tensor] | None = None,
         stages: list[Tensor] | None = None,
     ) -> Tensor:
-        """All blocks; on the way it writes down what is asked for. Returns (B, 1 + M, C)."""
-        x = self.embed(images)
+        """All blocks; on the way it writes down what is asked for. Returns (B, prefix + M, C)."""
+        x, first = self.embed(images), self.config.prefix
+        recompute = self.recompute and torch.is_grad_enabled()
         slims = dict(zip(self.config.slim_after, self.slims, strict=True))
         ends = {end - 1 for end in accumulate(self.config.stages)}
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            x = checkpointed(block, x, use_reentrant=False) if recompute else block(x)
             if stages is not None and i in ends:
-                stages.append(x[:, 1:])
+                stages.append(x[:, first:])
             if i in slims:
-                patches = x[:, 1:]
+                patches = x[:, first:]
                 if assignments is not None:
                     assignments.append(slims[i].assignment(patches))  # type: ignore[operator]
-                x = torch.cat((x[:, :1], slims[i](patches)), dim=1)
+                x = torch.cat((x[:, :first], slims[i](patches)), dim=1)
             if tokens is not None:
-                tokens.append(x[:, 1:])
+                tokens.append(x[:, first:])
         return x
 
     def set_fused(self, fused: bool) -> SiT:
@@ -191,6 +207,13 @@ class SiT(nn.Module):
             slim.fused = fused  # type: ignore[assignment]
         return self
 
+    def set_recompute(self, recompute: bool) -> SiT:
+        """Training keeps what goes into each block and computes the rest again for the gradients,
+        which takes a third more time and a fraction of the memory; returns itself.
+        """
+        self.recompute = recompute
+        return self
+
     @torch.no_grad()
     def resized(self, image_size: int | tuple[int, int]) -> SiT:
         """Returns a copy made for another image size: positions interpolated once, not per call.
@@ -200,7 +223,7 @@ class SiT(nn.Module):
         """
         keep = tuple(self.config.slim_after.values()) or self.config.keep
         config = replace(self.config, image_size=image_size, keep=keep)
-        other = self._without_training_parts()
+        other = self.without_training_parts()
         positions = resample_positions(other.pos_embed, other.config.grid, config.grid)
         trained = other.pos_embed.requires_grad
         other.config, other.pos_embed = config, nn.Parameter(positions.clone(), trained)
@@ -214,14 +237,15 @@ class SiT(nn.Module):
         linear layer, every logit scale into its slot projection, whose bias without effect goes, as
         do training parts. Equal to this model in eval mode up to rounding; not meant for training.
         """
-        folded = self._without_training_parts().eval().requires_grad_(False)
+        folded = self.without_training_parts().eval().requires_grad_(False)
         if not self.folded:
             for part in (folded.stem, *folded.blocks, *folded.slims):
                 part.fold()
         folded.folded = True
         return folded
 
-    def _without_training_parts(self) -> SiT:
+    def without_training_parts(self) -> SiT:
+        """Returns a copy that has all that inference needs."""
         other = copy.deepcopy(self)
         other.training_parts = None
         return other
@@ -339,3 +363,8 @@ class SiT(nn.Module):
         model = pretrained.load(cls, name, revision=revision)
         assert isinstance(model, cls)
         return model
+
+
+def _head(config: SiTConfig) -> nn.Module:
+    """From a token's features to classes; features remain where there are none."""
+    return nn.Linear(config.embed_dim, config.num_classes) if config.num_classes else nn.Identity()

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from tokenmodels._files import replace_file
 from tokenmodels._refuse import listed, refusal
 from tokenmodels.sit.checkpoint import require_fit
 from tokenmodels.sit.config import SiTConfig
@@ -36,18 +35,6 @@ def save(model: SiT, folder: str | Path) -> None:
     text = json.dumps(KIND | asdict(model.config), indent=2) + "\n"
     replace_file(folder / WEIGHTS, lambda path: save_file(weights, path, {"format": "pt"}))
     replace_file(folder / CONFIG, lambda path: path.write_text(text))
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file beside `path` and, when it lies on the disk, renames it to `path`."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(unfinished)
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def load(cls: type[SiT], name: str | Path, *, revision: str | None) -> SiT:
