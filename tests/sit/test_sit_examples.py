@@ -9,11 +9,14 @@ import pytest
 import tokenmodels.sit
 import torch
 
-MODULES = ["tokenmodels._blocks"] + [
-    f"tokenmodels.sit.{name}"
+MODULES = [
+    f"tokenmodels.{name}"
     for name in (
-        *("checkpoint", "config", "distillation", "export"),
-        *("model", "recovery", "slimming", "stem"),
+        *("_average", "_blocks", "_files", "_log", "_optional", "_options", "_processes", "_seeds"),
+        *("_data.mixing", "_data.order", "_data.transforms"),
+        *("sit.checkpoint", "sit.config", "sit.distillation", "sit.distilled", "sit.evaluate"),
+        *("sit.export", "sit.model", "sit.recipe", "sit.recovery", "sit.slimming", "sit.stem"),
+        "sit.timing",
     )
 ]
 

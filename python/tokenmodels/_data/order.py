@@ -44,7 +44,7 @@ class Batches(Sampler[list[Draw]]):
     Example:
         >>> batches = Batches(4, 4, seed=0, repeats=2)
         >>> [[draw.image for draw in batch] for batch in batches]
-        [[1, 1, 2, 2]]
+        [[2, 2, 3, 3]]
     """
 
     def __init__(

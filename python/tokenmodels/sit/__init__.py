@@ -3,23 +3,36 @@
 from tokenmodels.sit.checkpoint import infer_config
 from tokenmodels.sit.config import VARIANTS, SiTConfig
 from tokenmodels.sit.distillation import FRDLosses, frd_losses
+from tokenmodels.sit.distilled import Distilled
+from tokenmodels.sit.evaluate import Accuracy, accuracy
 from tokenmodels.sit.export import export_onnx
 from tokenmodels.sit.model import SiT, SiTOutput
+from tokenmodels.sit.recipe import Recipe, parameter_groups
 from tokenmodels.sit.recovery import RecoverTokens, TrainingParts
 from tokenmodels.sit.slimming import SlimTokens, compose, unpool
+from tokenmodels.sit.timing import Throughput, throughput
+from tokenmodels.sit.train import Training
 
 __all__ = [
     "VARIANTS",
+    "Accuracy",
+    "Distilled",
     "FRDLosses",
+    "Recipe",
     "RecoverTokens",
     "SiT",
     "SiTConfig",
     "SiTOutput",
     "SlimTokens",
+    "Throughput",
+    "Training",
     "TrainingParts",
+    "accuracy",
     "compose",
     "export_onnx",
     "frd_losses",
     "infer_config",
+    "parameter_groups",
+    "throughput",
     "unpool",
 ]

@@ -17,7 +17,7 @@ from tokenmodels.sit.evaluate import accuracy, evaluation_loader
 from tokenmodels.sit.model import SiT
 from tokenmodels.sit.recipe import Recipe
 from tokenmodels.sit.teachers import open_sit
-from tokenmodels.sit.throughput import MODES, throughput
+from tokenmodels.sit.timing import MODES, throughput
 from tokenmodels.sit.train import Training
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -165,7 +165,7 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dense", action="store_true", help="time the dense network too")
     parser.add_argument("--batch-size", type=_count, help="16, on a GPU 1024")
     parser.add_argument("--precision", choices=PRECISIONS, help="fp32, on a GPU fp16")
-    parser.add_argument("--mode", choices=MODES, default="trace")
+    parser.add_argument("--mode", choices=MODES, default=MODES[0])
     parser.add_argument("--threads", type=_count, default=1, help="on a CPU")
     parser.add_argument("--warm-up", type=float, default=10.0, help="seconds")
     parser.add_argument("--seconds", type=float, default=60.0)

@@ -127,8 +127,8 @@ class Training:
         run, at = self.recipe.run, self.processes
         self.folder = Path(run.out)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=run.keep)
+        self.lock = Lock(self.folder) if at.leads else None
         if at.leads:
-            self.lock = Lock(self.folder)
             self.checkpoints.remove_unfinished()
         at.wait()
         found = self.checkpoints.latest()
