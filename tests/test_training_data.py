@@ -215,6 +215,35 @@ def test_official_evaluation(
     assert torch.equal(Centre(out)(image), want)
 
 
+def test_official_evaluation_as_torchvision_has_it() -> None:
+    transforms = pytest.importorskip("torchvision.transforms", exc_type=ImportError)
+    for i, (width, height) in enumerate([(37, 61), (500, 375), (375, 500), (601, 224), (64, 64)]):
+        size, image = (224, 288, 64)[i % 3], _noise(width, height, i)
+        bicubic = transforms.InterpolationMode.BICUBIC
+        official = transforms.Compose(
+            [
+                transforms.Resize(int(256 / 224 * size), interpolation=bicubic),
+                transforms.CenterCrop(size),
+                transforms.ToTensor(),
+                transforms.Normalize(MEAN, STD),
+            ]
+        )
+        assert torch.equal(Centre((size, size))(image), official(image))
+
+
+def test_official_augmentation() -> None:
+    """By timm: every draw its own, none changed by what was drawn before."""
+    pytest.importorskip("torchvision", exc_type=ImportError)
+    pytest.importorskip("timm", exc_type=ImportError)
+    transform, image = training_transform((224, 192), Augmentation()), _noise(300, 280)
+    drawn = []
+    for seed in (1, 2, 1):
+        with seeded(seed):
+            drawn.append(transform(image))
+    assert drawn[0].shape == (3, 224, 192) and drawn[0].dtype == torch.float32
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+
+
 def test_evaluation_of_other_shapes() -> None:
     assert Centre((288, 288))(_noise(300, 500)).shape == (3, 288, 288)
     assert Centre((128, 320))(_noise(300, 300)).shape == (3, 128, 320)
