@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -51,6 +52,54 @@ def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     assert not left.exists() and other.exists()
     with pytest.warns(UserWarning, match="step-000000100-.* is damaged"):
         assert checkpoints.latest() == (10, {"x": torch.tensor(10)})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the writer is forked")
+@pytest.mark.parametrize(
+    ("function", "call", "step"),
+    [
+        *(("torch.save", 0, 1), ("os.fsync", 0, 1), ("os.replace", 0, 1), ("os.fsync", 1, 2)),
+        ("pathlib.Path.unlink", 0, 2),
+    ],
+)
+def test_killed_in_the_middle_of_writing(
+    function: str, call: int, step: int, tmp_path: Path
+) -> None:
+    """Wherever it is killed, the checkpoint before or this one is found, whole."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, {"x": torch.ones(1000)})
+    child = os.fork()
+    if not child:
+        try:
+            _kill_at(function, call)
+            checkpoints.save(2, {"x": torch.ones(1000)})
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    found = checkpoints.latest()
+    assert found is not None and found[0] == step and torch.equal(found[1]["x"], torch.ones(1000))
+    checkpoints.remove_unfinished()
+    assert not list(tmp_path.glob(".*"))
+    checkpoints.save(3, {})
+    assert checkpoints.steps() == [3]
+
+
+def _kill_at(function: str, call: int) -> None:
+    """The process kills itself in this call of a function; of `torch.save`, half done."""
+    owner, _, name = function.rpartition(".")
+    where = {"torch": torch, "os": os, "pathlib.Path": Path}[owner]
+    original, calls = getattr(where, name), iter(range(100))
+
+    def killed(*arguments: Any, **more: Any) -> Any:
+        if next(calls) < call:
+            return original(*arguments, **more)
+        if name == "save":
+            original(*arguments)
+            os.truncate(arguments[1], os.path.getsize(arguments[1]) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(where, name, killed)
 
 
 def test_a_checkpoint_that_cannot_be_written(tmp_path: Path) -> None:

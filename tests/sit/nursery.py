@@ -29,14 +29,18 @@ def main() -> None:
         children = _born(config, processes)
         if kill % 4:  # else while it starts, or goes on from a checkpoint
             pace = _await_steps(folder, pace)
-        time.sleep(drawn.uniform(0, 4 * pace))
+        if kill % 4 == 3:
+            while not _is_writing(folder):
+                pass
+        else:
+            time.sleep(drawn.uniform(0, 4 * pace))
         moments.append(_newest(folder))
         for child in children:
             os.kill(child, signal.SIGKILL)
         for child in children:
             _, status = os.waitpid(child, 0)
             assert os.WIFSIGNALED(status), "it had ended before"
-        unfinished += any(folder.glob(".*.unfinished"))
+        unfinished += _is_writing(folder)
     for child in _born(config, processes):
         _, status = os.waitpid(child, 0)
         assert status == 0, f"ended with {status}"
@@ -74,6 +78,10 @@ def _fork(config: str, rank: int, processes: int, port: int) -> int:
 def _newest(folder: Path) -> int:
     names = [path.name for path in folder.glob("step-*.pt")]
     return max((int(name.split("-")[1]) for name in names), default=0)
+
+
+def _is_writing(folder: Path) -> bool:
+    return any(name.endswith(".unfinished") for name in os.listdir(folder))
 
 
 def _await_steps(folder: Path, pace: float) -> float:
