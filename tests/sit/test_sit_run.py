@@ -112,6 +112,33 @@ def test_goes_on_behind_a_damaged_checkpoint(folder: Path) -> None:
         Training(Recipe.of(options))
 
 
+def test_goes_on_with_scaled_gradients_and_both_teachers(folder: Path) -> None:
+    """In float16, with images read by other processes, a distillation token, recomputed blocks."""
+    options = table(
+        folder,
+        model={"dist_token": True},
+        optim={"epochs": 2, "cooldown": 0},
+        distil={"cnn_teacher": str(folder / "teacher")},
+        data={"workers": 2, "val": ""},
+        run={"precision": "fp16", "recompute": True, "save_every": 1},
+    )
+    states = []
+    for out, stops in (("half", ()), ("half-stopped", (1, 8))):
+        options["run"]["out"] = str(folder / out)
+        for stop in stops:
+            with pytest.raises(KeyboardInterrupt):
+                Training(Recipe.of(options)).run(on_step=lambda run, stop=stop: _stop(run, stop))
+        states.append(_trained(options).state())
+        states[-1]["marks"]["run"].pop("out")
+    assert same(*states)
+    assert states[0]["scaler"]["scale"] > 1 and states[0]["scaler"]["_growth_tracker"] > 0
+
+
+def _stop(run: Training, step: int) -> None:
+    if run.done == step:
+        raise KeyboardInterrupt
+
+
 def test_learns_and_reports(folder: Path) -> None:
     """Colours are told apart; the log and the results agree; what is written is what was best."""
     options = table(
