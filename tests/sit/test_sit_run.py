@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from sit_golden import random_sit
 from sit_run import ENVIRONMENT, nursery, same, table, write
 from tokenmodels._files import Busy, Checkpoints
-from tokenmodels.sit import Recipe, SiT, Training
+from tokenmodels._processes import Processes
+from tokenmodels.sit import Recipe, SiT, Training, throughput
 from tokenmodels.sit.__main__ import main
+from tokenmodels.sit.timing import _prepared
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="runs are forked")
 
@@ -190,6 +193,22 @@ def test_from_the_shell(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "times as fast, with" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("mode", ["trace", "eager"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_timed_gives_the_logits(mode: str, precision: str) -> None:
+    """As prepared for timing, folded: those of the model, up to the rounding of its precision."""
+    model, images = random_sit(), torch.randn(2, 3, 64, 64)
+    with torch.inference_mode(), Processes().autocast(precision):
+        want, folded = model(images), model.fold_for_inference()
+        got = _prepared(folded, images, mode)(images)
+        assert torch.equal(got, folded(images))
+    bound = {"fp32": 1e-5, "bf16": 2**-6}[precision] * want.abs().max().item()
+    torch.testing.assert_close(got.float(), want.float(), atol=bound, rtol=0)
+    timed = throughput(model, batch_size=2, precision=precision, mode=mode, warm_up=0, seconds=0)
+    assert timed.batches == 1
+    assert timed.images_per_second == pytest.approx(2e3 / timed.milliseconds)
+
+
 def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each in one line, with the option's name, before anything is trained."""
     options = table(folder, run={"out": str(folder / "refused")})
@@ -211,6 +230,7 @@ def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused("config: optim.lr: allowed float, got 'fast'", "--optim.lr", "fast")
     refused("config: run.precision: allowed bf16 or fp16 or fp32", "--run.precision", "fp8")
     refused("SiTConfig: stages: allowed a sum of depth=3, got (1, 1)", "--model.stages", "[1, 1]")
+    refused("config: data.train: allowed a folder of a folder per class", "--data.train", "")
     refused("data: folder: allowed one that exists, got", "--data.train", folder / "none")
     refused("data: folder: allowed class folders with .jpg", "--data.val", folder / "empty")
     refused("data: images: allowed at least one batch of 25", "--optim.batch_size", "25")

@@ -83,7 +83,7 @@ def _prepared(model: SiT, images: Tensor, mode: str) -> Callable[[Tensor], Tenso
         return torch.compile(model)
     if mode == "trace":
         with warnings.catch_warnings():  # of shapes that become constants, as they are here
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
             warnings.simplefilter("ignore", DeprecationWarning)
             return torch.jit.trace(model, images, check_trace=False)
     return model

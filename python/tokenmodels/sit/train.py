@@ -77,6 +77,9 @@ class Training:
 
     def _open_data(self) -> None:
         recipe, at = self.recipe, self.processes
+        if not recipe.data.train:
+            allowed = "a folder of a folder per class, or tar shards"
+            raise ValueError(refusal("config", "data.train", allowed, "nothing"))
         size = height_width(recipe.model)
         images = open_images(recipe.data.train, training_transform(size, recipe.augment))
         require_classes(images, recipe.model, recipe.data.train)
