@@ -81,7 +81,7 @@ def _newest(folder: Path) -> int:
 
 
 def _is_writing(folder: Path) -> bool:
-    return any(name.endswith(".unfinished") for name in os.listdir(folder))
+    return any(folder.glob(".*.unfinished"))
 
 
 def _await_steps(folder: Path, pace: float) -> float:
