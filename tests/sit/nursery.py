@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+import PIL.Image  # noqa: F401
+import safetensors.torch  # noqa: F401
 import torch
 from tokenmodels import _processes
 from tokenmodels._options import read_table
@@ -24,6 +26,7 @@ from tokenmodels.sit import Recipe, Training
 def main() -> None:
     config, processes, kills, seed = sys.argv[1], *(int(one) for one in sys.argv[2:])
     drawn, folder = random.Random(seed), Path(read_table(config)["run"]["out"]) / "checkpoints"
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # imports more than all else
     moments, unfinished, pace = [], 0, 0.02
     for kill in range(kills):
         children = _born(config, processes)
