@@ -16,7 +16,7 @@ MODULES = [
         *("_data.mixing", "_data.order", "_data.transforms"),
         *("sit.checkpoint", "sit.config", "sit.distillation", "sit.distilled", "sit.evaluate"),
         *("sit.export", "sit.model", "sit.recipe", "sit.recovery", "sit.slimming", "sit.stem"),
-        "sit.timing",
+        *("sit.timing", "sit.train"),
     )
 ]
 

@@ -51,6 +51,7 @@ def ended(folder: Path, out: str, options: dict[str, Any], *how: int) -> tuple[d
     return json.loads(done.stdout), state | {"step": step}
 
 
+@pytest.mark.slow
 def test_killed_at_twenty_random_moments(folder: Path) -> None:
     """Weights, average, optimiser and best result are those of a run that nobody killed."""
     options = table(folder, run={"save_every": 1}, optim={"epochs": 24, "cooldown": 1})
@@ -69,6 +70,7 @@ def test_killed_at_twenty_random_moments(folder: Path) -> None:
     assert steps[0] == steps[1], "a line is twice in the log, or missing"
 
 
+@pytest.mark.slow
 def test_two_processes(folder: Path) -> None:
     """By torchrun, and killed in between: the same bits; each process sees other images."""
     run = {"save_every": 1, "precision": "bf16"}

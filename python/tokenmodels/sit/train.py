@@ -66,6 +66,10 @@ class Training:
         done: steps that lie behind.
         total: steps of the whole run.
         results: per evaluation, (step, name of the weights, accuracy); of this process's life.
+
+    Example:
+        >>> recipe = Recipe.of({"model": {"variant": "sit_tiny"}, "data": {"train": "images"}})
+        >>> student = Training(recipe).run()  # doctest: +SKIP
     """
 
     def __init__(self, recipe: Recipe, processes: Processes | None = None) -> None:
