@@ -255,7 +255,9 @@ __device__ bool is_last(const AccumulateCodes& p, const Round& r, const Task& ta
     before = cuda::atomic_add(r.done + task.place * blocks_of(p) + block, 1u);
     cuda::fence();
   }
-  return cuda::shuffle(before, 0) + 1 == r.longs[task.place].pieces;
+  const uint32_t all = cuda::shuffle(before, 0) + 1;
+  cuda::warp_sync();  // what lane 0 sees the others see
+  return all == r.longs[task.place].pieces;
 }
 
 __device__ void sum_pieces(const AccumulateCodes& p, const Round& r, const Task& task) {

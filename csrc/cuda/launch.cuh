@@ -39,7 +39,8 @@
 //                 code: nullptr, or what went wrong in words. No blocks: nothing to do.
 //                 zero(memory, bytes, stream); multiprocessors(), most_shared() of this GPU,
 //                 most_cluster<kernel>().
-//   numbers       widen(value) to float, narrow<T>(float) to nearest even; exp2_flushed(float).
+//   numbers       widen(value) to float, narrow<T>(float) to nearest even; exp2_flushed(float);
+//                 rounded_product(a, b), which no sum takes into a fused multiply-add.
 #pragma once
 
 #include "tokenkernels.h"

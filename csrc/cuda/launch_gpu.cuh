@@ -11,42 +11,62 @@ namespace tk::cuda {
 
 // Launches.
 
-// Blocks that may borrow more than 48 KB have to say so, once per kernel and device.
-template <auto kernel>
-cudaError_t allow_shared(int64_t bytes) {
-  constexpr int kDevices = 64;
-  static int64_t allowed[kDevices] = {};
-  if (bytes <= 48 * 1024) return cudaSuccess;
+constexpr int kDevices = 64;
+
+// The shared memory that a block of this GPU may have.
+inline int64_t most_shared() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+          cudaSuccess)
+    return 48 * 1024;
+  return bytes;
+}
+
+// A fact about a kernel on the current GPU, asked once: where two threads ask at a time, both get
+// the same answer.
+template <class Ask>
+int known_of_device(int (&known)[kDevices], const Ask& ask) {
   int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  if (device < kDevices && bytes <= __atomic_load_n(&allowed[device], __ATOMIC_RELAXED))
-    return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error == cudaSuccess && device < kDevices)
-    __atomic_store_n(&allowed[device], bytes, __ATOMIC_RELAXED);
-  return error;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return ask();
+  int answer = __atomic_load_n(&known[device], __ATOMIC_RELAXED);
+  if (answer == 0) __atomic_store_n(&known[device], answer = ask(), __ATOMIC_RELAXED);
+  return answer;
+}
+
+// Blocks that may borrow more than 48 KB have to say so, once per kernel and device: then all there
+// is.
+template <auto kernel>
+bool allow_shared(int64_t bytes) {
+  static int allowed[kDevices] = {};
+  if (bytes <= 48 * 1024) return true;
+  return known_of_device(allowed, [] {
+           return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(most_shared())) == cudaSuccess
+                      ? 1
+                      : -1;
+         }) > 0;
 }
 
 template <auto kernel, class... Args>
 const char* launch(const Launch& how, Args&&... args) {
   if (how.blocks == 0 || how.blocks_y == 0 || how.blocks_z == 0) return nullptr;
-  cudaError_t error = allow_shared<kernel>(how.shared);
-  if (error == cudaSuccess) {
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(how.blocks), static_cast<unsigned>(how.blocks_y),
-                          static_cast<unsigned>(how.blocks_z));
-    config.blockDim = dim3(static_cast<unsigned>(how.threads));
-    config.dynamicSmemBytes = static_cast<size_t>(how.shared);
-    config.stream = static_cast<cudaStream_t>(how.stream);
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = static_cast<unsigned>(how.cluster);
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    config.attrs = &cluster;
-    config.numAttrs = how.cluster > 1 ? 1 : 0;
-    error = cudaLaunchKernelEx(&config, kernel, static_cast<Args&&>(args)...);
-  }
+  if (how.blocks > INT32_MAX || how.blocks_y > UINT16_MAX || how.blocks_z > UINT16_MAX)
+    return "more blocks than a grid can have";
+  if (!allow_shared<kernel>(how.shared)) return "blocks get no more than 48 KB of shared memory";
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(how.blocks), static_cast<unsigned>(how.blocks_y),
+                        static_cast<unsigned>(how.blocks_z));
+  config.blockDim = dim3(static_cast<unsigned>(how.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(how.shared);
+  config.stream = static_cast<cudaStream_t>(how.stream);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(how.cluster);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = how.cluster > 1 ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Args&&>(args)...);
   if (error != cudaSuccess) cudaGetLastError();  // reported here: the next call is not to blame
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -55,11 +75,11 @@ const char* launch(const Launch& how, Args&&... args) {
 // clusters.
 template <auto kernel>
 int most_cluster() {
-  static const bool knows_clusters = [] {
+  static int most[kDevices] = {};
+  return known_of_device(most, [] {
     cudaFuncAttributes found{};
-    return cudaFuncGetAttributes(&found, kernel) == cudaSuccess && found.ptxVersion >= 90;
-  }();
-  return knows_clusters ? 8 : 1;
+    return cudaFuncGetAttributes(&found, kernel) == cudaSuccess && found.ptxVersion >= 90 ? 8 : 1;
+  });
 }
 
 // Bytes set to zero in the order of the stream.
@@ -77,16 +97,6 @@ inline int64_t multiprocessors() {
       cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
     return 1;
   return count;
-}
-
-// The shared memory that a block of this GPU may have.
-inline int64_t most_shared() {
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
-          cudaSuccess)
-    return 48 * 1024;
-  return bytes;
 }
 
 // Coordinates and barriers.
@@ -220,6 +230,9 @@ template <>
 __device__ inline Half narrow<Half>(float value) {
   return {__half_as_ushort(__float2half_rn(value))};
 }
+
+// A product that is rounded before anything is added to it.
+__device__ inline float rounded_product(float left, float right) { return __fmul_rn(left, right); }
 
 // 2^value to two units in the last place; 0 where that is below 2^-126.
 __device__ inline float exp2_flushed(float value) {

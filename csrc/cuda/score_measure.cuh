@@ -31,14 +31,16 @@ __device__ void take_logits(LaneSoftmax& softmax, const float (&sums)[J][4], int
       const float logit = sums[j][2 * half + side];
       highest = rising ? fmaxf(highest, logit) : fminf(highest, logit);
     }
-  const float shift = highest == none ? 0.0f : highest * factor;
+  // Rounded as the highest before was: else what is left of it, not 0, is added up block by block.
+  const float shift = highest == none ? 0.0f : rounded_product(highest, factor);
   float total = 0;
 #pragma unroll
   for (int j = 0; j < J; ++j)
 #pragma unroll
     for (int side = 0; side < 2; ++side)
       total += exp2_flushed(sums[j][2 * half + side] * factor - shift);
-  softmax.total = softmax.total * exp2_flushed(softmax.highest * factor - shift) + total;
+  const float before = rounded_product(softmax.highest, factor);
+  softmax.total = softmax.total * exp2_flushed(before - shift) + total;
   softmax.highest = highest;
 }
 

@@ -233,6 +233,8 @@ TK_INLINE T narrow(float value) {
   return from_float<T>(value);
 }
 
+TK_INLINE float rounded_product(float left, float right) { return left * right; }
+
 TK_INLINE float exp2_flushed(float value) { return value < -126.0f ? 0.0f : std::exp2(value); }
 
 // Memory.
