@@ -276,7 +276,7 @@ __device__ void prepare_codes(const Packed& p, int64_t group, int64_t first, con
   float factor = 1, bias = l2 ? -0.5f * squares.whole : 0.0f;
   if (cosine) factor = 1.0f / larger(sqrtf(squares.whole), 1e-12f);
   const bool usable = all_whole && needed && bias > kNever && is_finite(squares.whole);
-  if (!usable) factor = 1, bias = kNever;
+  if (!usable) factor = 0, bias = kNever;  // whatever the product is, it does not count
   if (lane() % kTeam != 0) return;
   store(const_cast<float*>(p.terms(group, image)) + within * 2, Vector<float, 2>{{factor, bias}});
   float* mine = found + thread() / kTeam * 4;

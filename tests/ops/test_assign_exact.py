@@ -97,3 +97,16 @@ def test_no_token_gets_a_wrong_code(op: Op, backend: str, metric: str) -> None:
         for dim, dtype in SHAPES:
             x, book = (t.to(dtype) for t in hostile(make, rows, dim))
             _assert_exact(op, backend, metric, x, book)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", [OPS["assign_nearest"]], ids=lambda op: op.name)
+@pytest.mark.parametrize("backend", MAIN)
+def test_a_code_that_is_not_finite_never_wins(op: Op, backend: str, dtype: torch.dtype) -> None:
+    """However high the product of what is finite in it."""
+    if reason := op.why_not(backend.partition("-")[0], DEVICE):
+        pytest.skip(reason)
+    x, book = torch.zeros(3, 8, dtype=dtype), torch.zeros(2, 8, dtype=dtype)
+    x[:, 0], book[:, 0], book[1, 1] = 1e19, torch.tensor([1.0, 1.6e19]), torch.inf
+    kwargs = {"x": x.to(DEVICE), "codebook": book.to(DEVICE), "metric": "dot"}
+    assert op.run(kwargs, backend.partition("-")[0])[0].tolist() == [0, 0, 0]
