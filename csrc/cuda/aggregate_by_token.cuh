@@ -20,13 +20,20 @@ struct ByToken {
   uint32_t parts;  // 2: one makes the gradient of the values, another the rest
 };
 
-template <class T>
+template <class T, bool soft>
+int64_t shared_of_tokens(const ByToken& job);
+
+template <class T, bool soft>
 ByToken by_token_of(const Gradients& p) {
   ByToken job{};
   job.p = p;
   const int64_t up = whole_blocks(p.M, kSlots) * kSlots;
   job.held = static_cast<int>(up < kHeld<T> ? up : kHeld<T>);
   job.groups = static_cast<int>(whole_blocks(p.M, job.held > 0 ? job.held : 1));
+  while (job.held > kSlots && shared_of_tokens<T, soft>(job) > most_shared()) {
+    job.held -= kSlots;
+    job.groups = static_cast<int>(whole_blocks(p.M, job.held));
+  }
   job.tiles = static_cast<uint32_t>(whole_blocks(p.N, kTokens));
   const bool both = p.sloping() && p.value_grad != nullptr;
   job.parts = both && p.B * job.tiles < multiprocessors() ? 2 : 1;
@@ -47,7 +54,8 @@ __host__ __device__ inline int64_t parked_of(const ByToken& job) {
 
 template <class T, bool soft>
 int64_t shared_of_tokens(const ByToken& job) {
-  return PairRoom<T, soft>::bytes() + 2 * shared_bytes<T>(kTokens * tile_stride<T>(job.held)) +
+  return PairRoom<T, soft>::bytes() +
+         (job.groups > 1 ? 1 : 2) * shared_bytes<T>(kTokens * tile_stride<T>(job.held)) +
          shared_bytes<float>(kHeld<T> / kSlots) + shared_bytes<float>(parked_of(job));
 }
 
@@ -60,7 +68,7 @@ struct TokenRoom {
   __device__ TokenRoom(Arena& arena, const ByToken& job)
       : room(arena), stride(tile_stride<T>(job.held)) {
     weights = arena.shared<T>(kTokens * stride);
-    slopes = arena.shared<T>(kTokens * stride);
+    slopes = job.groups > 1 ? weights : arena.shared<T>(kTokens * stride);  // one at a time then
     units = arena.shared<float>(kHeld<T> / kSlots);
     parked = arena.shared<float>(parked_of(job));
   }
@@ -206,9 +214,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   take_tokens<T, soft, true>(job);
 }
 
+// Without slots all gradients are zero.
+template <class T, bool soft>
+const char* clear(const Gradients& p, void* stream) {
+  const int64_t rows = p.B * p.N;
+  const char* error = nullptr;
+  if (soft && p.keys_grad != nullptr) error = zero(p.keys_grad, rows * p.E * int64_t{sizeof(T)}, stream);
+  if (error == nullptr && p.value_grad != nullptr)
+    error = zero(p.value_grad, rows * p.C * int64_t{sizeof(T)}, stream);
+  if (error == nullptr && p.bias_grad != nullptr)
+    error = zero(p.bias_grad, rows * int64_t{sizeof(float)}, stream);
+  return error;
+}
+
 template <class T, bool soft>
 const char* launch_by_token(const Gradients& p, void* stream) {
-  const ByToken job = by_token_of<T>(p);
+  if (p.M == 0) return clear<T, soft>(p, stream);
+  const ByToken job = by_token_of<T, soft>(p);
   const Launch how{.blocks = blocks_of(job),
                    .threads = kThreads,
                    .shared = shared_of_tokens<T, soft>(job),

@@ -57,8 +57,12 @@ template <int count>
 __device__ void split(Parts<float, count>& parts, int at, float value) {
   parts.high[at] = to_tf32(value);
   const float high = float_of_word(parts.high[at]);
-  // Of what is not finite the second part would be NaN.
-  parts.low[at] = high - high == 0.0f ? to_tf32(value - high) : 0;
+  // What is not finite is the second part alone: beside it, zeros of the other operand's would make
+  // NaN of it.
+  const uint32_t low = to_tf32(value - high);
+  const bool finite = high - high == 0.0f;
+  parts.low[at] = finite ? low : parts.high[at];
+  parts.high[at] = finite ? parts.high[at] : 0;
 }
 
 // 16 rows of the left operand from `row`, kDepth terms from `term`.

@@ -24,6 +24,9 @@ BUILD = ROOT / "build" / "cmake"
 FAULT = 86
 """What a process ends with in which a kernel did something wrong."""
 
+OWN = ("tests/ops/test_aggregate_edges.py", "tests/ops/test_assign_exact.py")
+"""Tests of single ops, besides those of the registry, that know this overload."""
+
 loaded: list[str] = []
 """The ops whose CUDA kernels run here, once `load` was called."""
 
@@ -90,7 +93,7 @@ def checked_environment() -> dict[str, str]:
 def run_tests(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The tests of the registry, and of exactness, on this overload, in a process of their own."""
     command = [
-        *(sys.executable, "-m", "pytest", "tests/test_ops.py", "tests/ops/test_assign_exact.py"),
+        *(sys.executable, "-m", "pytest", "tests/test_ops.py", *OWN),
         *("--cuda-on-host", "--capture=sys", "-q", "-k", KIND, *arguments),
     ]
     build(KIND)
