@@ -54,6 +54,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--schedule", help="of those, blocks in this order, so many at once: descending,1"
     )
+    parser.addoption(
+        "--hopper", action="store_true", help="of those, on a GPU whose groups of warps multiply"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -61,6 +64,8 @@ def pytest_configure(config: pytest.Config) -> None:
         cuda_on_host.load()
         if config.getoption("--schedule"):
             cuda_on_host.schedule(config.getoption("--schedule"))
+        if config.getoption("--hopper"):
+            cuda_on_host.claim_hopper()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -32,6 +32,16 @@
 //   products      load_matrices<count, transposed>(registers, row) of shared memory,
 //                 multiply_add<T>(sum, a, b): 16×8 += 16×16 · 16×8 of BFloat16 or Half, 16×8 · 8×8
 //                 of float rounded by to_tf32; registers as PTX lays out m16n8k16 and m16n8k8.
+//   groups        products of 64 rows by the four warps of a group() as one, on a Hopper: the
+//   kernel
+//                 inside if constexpr (kGroupProducts), launched as group_products() says.
+//                 Tiles lie in images (launch_image.cuh), which fence_bulk() by all that wrote and
+//                 sync() make ready. fence_products(sums, words) names the registers that were
+//                 touched; multiply_add_group<T, N>(sums, left, right) adds 64×d · (N×d)ᵀ, d of 32
+//                 bytes, operands by describe(image, rows, row, column), the left one also in
+//                 registers as PTX lays out m64k16 and m64k8; commit_products() ends a batch of
+//                 them. Registers are not touched, operands not overwritten, before
+//                 wait_products<left>(sums, words), for operands by all four warps.
 //   order         ticket(counter, slot) numbers the blocks as they start; wait_until(condition) is
 //                 the only spin, and only on blocks with a lower ticket. block() says nothing about
 //                 who starts first.
@@ -50,6 +60,7 @@ namespace tk::cuda {
 using Lanes = uint32_t;  // one bit per lane of a warp
 constexpr Lanes kAllLanes = 0xffffffffu;
 constexpr int kWarp = 32;
+constexpr int kGroup = 128;  // threads of the four warps that multiply as one on a Hopper
 
 // What a kernel is started with.
 struct Launch {
@@ -83,18 +94,24 @@ struct Gate {
   uint64_t state;
 };
 
+// Where launchers take kernels whose groups of warps multiply; wherever they can is for tests.
+enum class GroupProducts { kNowhere, kWhereFaster, kWherever };
+
 }  // namespace tk::cuda
 
 #ifdef TK_CUDA_ON_HOST
 #include "cuda_on_host/launch_copies.h"
 #include "cuda_on_host/launch_host.h"
 #include "cuda_on_host/launch_mma.h"
+#include "cuda_on_host/launch_wgmma.h"
 #else
 #include "cuda/launch_copies.cuh"
 #include "cuda/launch_gpu.cuh"
 #include "cuda/launch_memory.cuh"
 #include "cuda/launch_mma.cuh"
+#include "cuda/launch_wgmma.cuh"
 #endif
+#include "cuda/launch_image.cuh"
 
 namespace tk::cuda {
 

@@ -67,6 +67,11 @@ def schedule(words: str) -> None:
     ctypes.CDLL(str(path)).tokenkernels_schedule(orders.index(order), count)
 
 
+def claim_hopper() -> None:
+    """Launchers find a GPU whose groups of warps multiply (csrc/cuda/launch_wgmma.cuh)."""
+    ctypes.CDLL(str(build(KIND).with_suffix(".so"))).tokenkernels_claim_group_products(1)
+
+
 def plain_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "ASAN_OPTIONS")}
 

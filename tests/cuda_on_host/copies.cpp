@@ -72,18 +72,6 @@ void come(GateState& gate) {
   --gate.missing;
 }
 
-// Bulk copies see what threads wrote only behind a fence of theirs.
-void check_fenced(const void* from, size_t bytes) {
-  const Block& block = *now.block;
-  for (const Cell::Access& write : writes_of(from, bytes)) {
-    const int thread = write.thread & 1023;
-    const bool fenced = write.stamp < block.fibers[static_cast<size_t>(thread)].fenced;
-    if (write.kind != Cell::kCopied && !fenced)
-      fault("store_bulk of what thread " + std::to_string(thread) + " wrote at " +
-            place_of(write.code) + ", no fence_bulk of that thread in between");
-  }
-}
-
 }  // namespace
 
 void fence_bulk() {
@@ -103,7 +91,7 @@ void begin_store(void* to, const void* from, size_t bytes) {
   check_bulk(from, to, bytes);
   touch(from, bytes, Use::kRead, false, TK_CALLER);
   touch(to, bytes, Use::kWrite, false, TK_CALLER);
-  check_fenced(from, bytes);
+  check_fenced("store_bulk", place_in_arena(from), bytes);
   now.fiber->stores.push_back({to, from, bytes, true, false, 0, access_now(TK_CALLER)});
 }
 
@@ -142,6 +130,9 @@ void check_copies_done() {
   if (!left.empty())
     fault("a thread ends, and nobody has waited for a copy that was asked for at " +
           place_of(left.front().access.code));
+  if (!now.fiber->products.empty())
+    fault("a thread ends, and nobody has waited for a product that was asked for at " +
+          place_of(now.fiber->products.front().product->site));
 }
 
 void init_gate(void* gate, int arrivals) {

@@ -68,13 +68,29 @@ void explain_warp(Block& block, int thread) {
   }
 }
 
-// Threads wait and nothing will wake them: a warp that is not complete, or a barrier.
+// A thread of the same group that does not come to the product at which this one waits.
+void explain_group(Block& block, int thread) {
+  const int first = thread / 128 * 128;
+  for (int t = first; t < first + 128; ++t) {
+    const Fiber& other = block.fibers[static_cast<size_t>(t)];
+    if (other.state == State::kGroup) continue;
+    blame(thread);
+    fault("multiply_add_group with a missing warp: warp " + std::to_string(t / 32) + " of its " +
+          "group " +
+          (other.state == State::kDone ? "has ended" : "waits at " + place_of(other.site)));
+  }
+}
+
+// Threads wait and nothing will wake them: a warp or a group that is not complete, or a barrier.
 void explain(Block& block) {
   for (const Fiber& fiber : block.fibers) {
     if (fiber.state == State::kCluster) return;  // it is for other blocks to move
   }
   for (int t = 0; t < block.threads; ++t) {
     if (block.fibers[static_cast<size_t>(t)].state == State::kWarp) explain_warp(block, t);
+  }
+  for (int t = 0; t < block.threads; ++t) {
+    if (block.fibers[static_cast<size_t>(t)].state == State::kGroup) explain_group(block, t);
   }
   for (int t = 0; t < block.threads; ++t) {
     if (block.fibers[static_cast<size_t>(t)].state != State::kBarrier) continue;
@@ -173,6 +189,8 @@ class Run {
     block.done = block.arrived = block.votes = block.verdict = 0;
     block.epoch = block.era = 0;
     block.gates.clear();
+    block.groups.assign(static_cast<size_t>((threads + 127) / 128), {});
+    block.read_by_groups.clear();
     block.waiting.clear();
     block.exchanging.assign(static_cast<size_t>(threads / 32), 0);
     block.ready.resize(std::bit_ceil(static_cast<size_t>(threads)));
@@ -187,6 +205,8 @@ class Run {
       fiber.exchange.meeting = nullptr;
       fiber.copy_groups = fiber.store_groups = 0;
       fiber.fenced = 0;
+      fiber.product_groups = 0;
+      fiber.fenced_registers.clear();
       block.ready[static_cast<size_t>(t)] = static_cast<uint16_t>(t);
     }
     const auto end = block.ready.begin() + threads;
@@ -318,6 +338,7 @@ void run(const Grid& grid) {
   constexpr int kWindows[] = {0, 1, 2};
   const unsigned turn_of = launches++;
   now.grid = grid;
+  now.multiplies_in_groups = false;
   now.schedule = fixed_order >= 0
                      ? Schedule{static_cast<Order>(fixed_order), fixed_window}
                      : Schedule{static_cast<Order>(turn_of % 3), kWindows[turn_of / 3 % 3]};

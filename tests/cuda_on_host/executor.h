@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -23,7 +24,7 @@ struct Site {
 
 #define TK_SITE ::tk::cuda::host::Site site = {__builtin_FILE(), __builtin_LINE()}
 
-enum class State : uint8_t { kReady, kBarrier, kCluster, kWarp, kWaiting, kDone };
+enum class State : uint8_t { kReady, kBarrier, kCluster, kGroup, kWarp, kWaiting, kDone };
 
 struct Fiber;
 struct Exchange;
@@ -89,6 +90,37 @@ struct Copy {
   Cell::Access access;  // of whoever asked
 };
 
+// What a group multiplies: left (64, depth) · right (columns, depth)ᵀ, by descriptors.
+enum class Number : uint8_t { kBf16, kFp16, kTf32 };
+struct Factors {
+  Number number;
+  int columns;
+  bool transposed, across;  // how the right and the left operand lie
+  bool add, in_registers;   // to the sums that are there; the left operand
+  uint64_t left, right;
+  friend bool operator==(const Factors&, const Factors&) = default;
+};
+
+struct Product {
+  Factors factors;
+  Site site;
+  bool done;
+  float* sums[128];  // of the threads of the group
+  const uint32_t* left[128];
+  Cell::Access waited[128];  // kGap: not yet
+};
+
+// A product that a thread has not waited for; group 0: not committed.
+struct UnderWay {
+  std::shared_ptr<Product> product;
+  int group;
+};
+
+// Local variables of a thread that it has not touched since a fence_products.
+struct Registers {
+  uintptr_t begin, end;
+};
+
 struct Fiber {
   void* stack_pointer;
   char* stack;
@@ -98,6 +130,9 @@ struct Fiber {
   std::vector<Copy> copies, stores;  // of its own that it has not waited for
   int copy_groups, store_groups;     // committed so far
   uint32_t fenced;                   // its own clock at the last fence_bulk
+  std::vector<UnderWay> products;
+  std::vector<Registers> fenced_registers;
+  int product_groups;
 };
 
 inline Exchange& Exchanges::operator[](int lane) const { return first[lane].exchange; }
@@ -108,6 +143,12 @@ struct GateState {
   uint32_t phase;
   std::vector<Copy> copies;
   std::vector<uint32_t> clock;
+};
+
+// Threads of a group that have come to a product.
+struct GroupState {
+  int come;
+  std::shared_ptr<Product> product;
 };
 
 constexpr int64_t kArena = 256 * 1024, kMargin = 128 * 1024, kSlot = kArena + 2 * kMargin;
@@ -143,6 +184,9 @@ struct Block {
   std::vector<uint32_t> free_parts;
   std::vector<std::pair<int64_t, int64_t>> arrays;  // taken of the arena so far
   std::map<int64_t, GateState> gates;               // by their place in the arena
+  std::vector<GroupState> groups;
+  // By 16 bytes of the arena, times 8, plus the group: the last product that reads them.
+  std::unordered_map<int64_t, std::shared_ptr<Product>> read_by_groups;
 
   uint32_t* knows(int thread) { return clocks.data() + static_cast<ptrdiff_t>(thread) * width; }
   uint32_t& clock(int thread, int other) { return knows(thread)[width == 32 ? other & 31 : other]; }
@@ -175,6 +219,7 @@ struct Now {
   Grid grid;
   Schedule schedule;
   int64_t resident;
+  bool multiplies_in_groups;  // some thread of the grid has begun to
 };
 extern Now now;
 
@@ -213,9 +258,16 @@ void* take_shared(int64_t at, int64_t bytes);
 void open_arena(Block& block, int64_t bytes);
 void know_each_other(Block& block, int warp, uint32_t mask);
 void mark_shared(void* address, size_t bytes, Cell::Kind kind, const Cell::Access& access);
-std::vector<Cell::Access> writes_of(const void* address, size_t bytes);
 char* slots();
 void check_copies_done();
+bool is_over(const Cell::Access& access);
+// A read that is checked, not remembered.
+void look(int64_t at, size_t bytes);
+// Bulk copies and products see what threads wrote only behind a fence of theirs.
+void check_fenced(const char* what, int64_t at, size_t bytes);
+void touch_registers(uintptr_t address, size_t bytes, Use use);
+void check_not_read_by_groups(Block& block, int64_t at, size_t bytes);
+void claim_group_products(bool yes);
 
 inline Cell::Access access_now(const void* code) {
   Block& block = *now.block;

@@ -15,12 +15,14 @@ using namespace tk::cuda::tried;
 std::vector<Planted> all_planted() {
   std::vector<Planted> all(kPlanted, kPlanted + kPlantedCount);
   all.insert(all.end(), kPlantedCopies, kPlantedCopies + kPlantedCopiesCount);
+  all.insert(all.end(), kPlantedGroups, kPlantedGroups + kPlantedGroupsCount);
   return all;
 }
 
 std::vector<Sound> all_sound() {
   std::vector<Sound> all(kSound, kSound + kSoundCount);
   all.insert(all.end(), kSoundCopies, kSoundCopies + kSoundCopiesCount);
+  all.insert(all.end(), kSoundGroups, kSoundGroups + kSoundGroupsCount);
   all.insert(all.end(), kSoundProducts, kSoundProducts + kSoundProductsCount);
   return all;
 }

@@ -55,7 +55,11 @@ void touch_other(uintptr_t address, size_t bytes, Use use, const void* code) {
 }
 
 void touch_at(uintptr_t address, size_t bytes, Use use, bool aligned, const void* code) {
-  if (now.fiber == nullptr || address - now.stack < kStack || bytes == 0) return;
+  if (now.fiber == nullptr || bytes == 0) return;
+  if (address - now.stack < kStack) {
+    if (now.multiplies_in_groups) touch_registers(address, bytes, use);
+    return;
+  }
   if (aligned && (address & (bytes - 1)) != 0)
     fault("misaligned access: " + std::string(verb(use)) + " of " + std::to_string(bytes) +
           " bytes at an address that is " + std::to_string(address % bytes) +

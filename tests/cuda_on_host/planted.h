@@ -11,15 +11,15 @@ struct Planted {
   const char* name;
   const char* (*launch)(uint32_t* memory);
 };
-extern const Planted kPlanted[], kPlantedCopies[];
-extern const int kPlantedCount, kPlantedCopiesCount;
+extern const Planted kPlanted[], kPlantedCopies[], kPlantedGroups[];
+extern const int kPlantedCount, kPlantedCopiesCount, kPlantedGroupsCount;
 
 // A kernel without fault, launched and compared with what it must give: null, or what differs.
 struct Sound {
   const char* name;
   const char* (*run)();
 };
-extern const Sound kSound[], kSoundCopies[], kSoundProducts[];
-extern const int kSoundCount, kSoundCopiesCount, kSoundProductsCount;
+extern const Sound kSound[], kSoundCopies[], kSoundGroups[], kSoundProducts[];
+extern const int kSoundCount, kSoundCopiesCount, kSoundGroupsCount, kSoundProductsCount;
 
 }  // namespace tk::cuda::tried

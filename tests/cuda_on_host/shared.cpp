@@ -61,14 +61,19 @@ std::string thread_of(const Cell::Access& access) {
           place_of(write.code));
 }
 
+// What was last written can be read or written over.
 template <Use use>
-TK_INLINE void touch_cell(Cell& cell, int64_t at, const Mine& mine) {
-  const Cell::Access& write = cell.write;
+TK_INLINE void check_write(const Cell::Access& write, int64_t at, const Mine& mine) {
   if (write.kind < Cell::kPlain) {
     touch_unwritten(write, mine);
   } else if (!over(write, mine) && !(use == Use::kAtomic && write.kind == Cell::kAtomic)) {
     race(at, use, write, "wrote");
   }
+}
+
+template <Use use>
+TK_INLINE void touch_cell(Cell& cell, int64_t at, const Mine& mine) {
+  check_write<use>(cell.write, at, mine);
   if constexpr (use == Use::kRead) {
     const bool gone = cell.read[0].kind == Cell::kGap || over(cell.read[0], mine);
     cell.read[gone ? 0 : 1] = mine.access;
@@ -150,6 +155,12 @@ int64_t place_in(const Block& block, const void* address) {
   return static_cast<const char*>(address) - block.arena;
 }
 
+TK_INLINE void check_bounds(const Block& block, int64_t at, size_t bytes, Use use) {
+  if (at < 0 || at + static_cast<int64_t>(bytes) > block.arena_bytes())
+    fault("out of bounds of shared memory: " + std::string(verb(use)) + " of " +
+          bytes_at(at, bytes) + ", which has " + std::to_string(block.arena_bytes()));
+}
+
 }  // namespace
 
 char* slots() {
@@ -163,9 +174,9 @@ char* slots() {
 
 void touch_shared(Block& block, uintptr_t address, size_t bytes, Use use, const void* code) {
   const int64_t at = place_in(block, reinterpret_cast<const char*>(address));
-  if (at < 0 || at + static_cast<int64_t>(bytes) > block.arena_bytes())
-    fault("out of bounds of shared memory: " + std::string(verb(use)) + " of " +
-          bytes_at(at, bytes) + ", which has " + std::to_string(block.arena_bytes()));
+  check_bounds(block, at, bytes, use);
+  if (use != Use::kRead && !block.read_by_groups.empty())
+    check_not_read_by_groups(block, at, bytes);
   const Mine mine{*now.block, access_now(code), at, bytes, use};
   const auto touch_as = [&]<Use kUse>() {
     each_cell(block, at, bytes,
@@ -189,12 +200,29 @@ void mark_shared(void* address, size_t bytes, Cell::Kind kind, const Cell::Acces
   });
 }
 
-std::vector<Cell::Access> writes_of(const void* address, size_t bytes) {
+bool is_over(const Cell::Access& access) {
+  return over(access, {*now.block, access_now(nullptr), 0, 0, Use::kWrite});
+}
+
+void look(int64_t at, size_t bytes) {
   Block& block = *now.block;
-  std::vector<Cell::Access> writes;
-  each_cell(block, place_in(block, address), bytes,
-            [&](const Cell& cell, int64_t) { writes.push_back(cell.write); });
-  return writes;
+  check_bounds(block, at, bytes, Use::kRead);
+  const Mine mine{block, access_now(nullptr), at, bytes, Use::kRead};
+  each_cell(block, at, bytes, [&](const Cell& cell, int64_t place) {
+    check_write<Use::kRead>(cell.write, place, mine);
+  });
+}
+
+void check_fenced(const char* what, int64_t at, size_t bytes) {
+  Block& block = *now.block;
+  each_cell(block, at, bytes, [&](const Cell& cell, int64_t) {
+    const Cell::Access& write = cell.write;
+    const int thread = write.thread & 1023;
+    const bool fenced = write.stamp < block.fibers[static_cast<size_t>(thread)].fenced;
+    if (write.kind != Cell::kCopied && !fenced)
+      fault(std::string(what) + " of what thread " + std::to_string(thread) + " wrote at " +
+            place_of(write.code) + ", no fence_bulk of that thread in between");
+  });
 }
 
 // Fresh memory holds what no kernel expects.
