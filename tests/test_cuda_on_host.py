@@ -148,3 +148,18 @@ def test_the_kernels_of_the_ops_pass_the_tests_of_the_registry() -> None:
     done = cuda_on_host.run_tests()
     assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
     assert re.search(r"\d+ passed", done.stdout), done.stdout
+
+
+HOPPER = [
+    source.stem
+    for source in sorted((HERE.parents[1] / "csrc" / "cuda").glob("*.cu"))
+    if "group_products()" in source.read_text()
+]
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("op", HOPPER)
+def test_the_kernels_of_groups_pass_them_too(op: str) -> None:
+    done = cuda_on_host.run_tests("--op", op, "--hopper", "-k", "cuda_on_host and truth")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
+    assert re.search(r"\d+ passed", done.stdout), done.stdout

@@ -59,6 +59,7 @@ __device__ inline Verdict verdict_of(const Found& found, float window) {
 // A block of 32·row_warps tokens; column_warps go through tiles side by side.
 struct BlockShape {
   int row_warps, column_warps;
+  int stages = 0;  // of groups (search_hopper.cuh); 0: warps multiply one by one
 
   __host__ __device__ int rows() const { return row_warps * kTileRows; }
   __host__ __device__ int threads() const { return row_warps * column_warps * kWarp; }
@@ -76,27 +77,39 @@ __host__ __device__ inline int64_t stage_bytes(const Packed& p) {
   return (kImageBytes + p.term_bytes() + kAlignment - 1) / kAlignment * kAlignment;
 }
 
+__host__ __device__ inline int64_t group_stage_bytes(const Packed& p) {
+  return (2 * (kImageBytes + p.term_bytes()) + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+__host__ __device__ inline int64_t stages_bytes(const Packed& p, const BlockShape& shape) {
+  return shape.stages > 0 ? shape.stages * group_stage_bytes(p)
+                          : kStages * shape.column_warps * stage_bytes(p);
+}
+
 // What a block of the search keeps in shared memory.
 struct SearchMemory {
-  char* tokens;    // (chunks) images of `rows` rows
-  char* stages;    // (kStages, column_warps) images and terms
-  float* windows;  // (rows); −1 of what is not finite
-  Found* found;    // (rows, column_warps)
-  float* bounds;   // 4, and a maximum per warp of each
+  char* tokens;        // (chunks) images of `rows` rows
+  char* stages;        // (kStages, column_warps) images and terms, or those of groups
+  float* windows;      // (rows); −1 of what is not finite
+  Found* found;        // (rows, column_warps)
+  float* bounds;       // 4, and a maximum per warp of each
+  Gate *full, *empty;  // of stages of groups
 
   __device__ SearchMemory(Arena& arena, const Packed& p, const BlockShape& shape)
       : tokens(arena.shared<char>(int64_t{shape.rows()} * p.chunks * kRowBytes, kAlignment)),
-        stages(arena.shared<char>(kStages * shape.column_warps * stage_bytes(p), kAlignment)),
+        stages(arena.shared<char>(stages_bytes(p, shape), kAlignment)),
         windows(arena.shared<float>(shape.rows())),
         found(arena.shared<Found>(int64_t{shape.rows()} * shape.column_warps)),
-        bounds(arena.shared<float>(4 * (1 + 8))) {}
+        bounds(arena.shared<float>(4 * (1 + 8))),
+        full(arena.shared<Gate>(shape.stages)),
+        empty(arena.shared<Gate>(shape.stages)) {}
 
   static int64_t bytes(const Packed& p, const BlockShape& shape) {
     return shared_bytes<char>(int64_t{shape.rows()} * p.chunks * kRowBytes, kAlignment) +
-           shared_bytes<char>(kStages * shape.column_warps * stage_bytes(p), kAlignment) +
+           shared_bytes<char>(stages_bytes(p, shape), kAlignment) +
            shared_bytes<float>(shape.rows()) +
            shared_bytes<Found>(int64_t{shape.rows()} * shape.column_warps) +
-           shared_bytes<float>(4 * (1 + 8));
+           shared_bytes<float>(4 * (1 + 8)) + 2 * shared_bytes<Gate>(shape.stages);
   }
 };
 
@@ -205,21 +218,23 @@ __device__ void add_slot(float (&sums)[2][8][4], const char* tokens, int token_u
   }
 }
 
-// The scores of a tile, of which this thread has columns 8·j + lane % 4 · 2 (+ 1) of four rows.
-__device__ inline void take_scores(float (&sums)[2][8][4], const float* terms, int32_t first_code,
-                                   const float (&windows)[kOwnRows], float (&floors)[kOwnRows],
-                                   Found (&found)[kOwnRows]) {
+// The scores of a tile, of which this thread has columns 8·j + lane % 4 · 2 (+ 1) of its rows;
+// the tile begins at the thread's sums `from`.
+template <int from, int I, int J>
+__device__ void take_scores(float (&sums)[I][J][4], const float* terms, int32_t first_code,
+                            const float (&windows)[2 * I], float (&floors)[2 * I],
+                            Found (&found)[2 * I]) {
   const int column = lane() % 4 * 2;
-  float highest[kOwnRows];
+  float highest[2 * I];
 #pragma unroll
-  for (int r = 0; r < kOwnRows; ++r) highest[r] = kNothing;
+  for (int r = 0; r < 2 * I; ++r) highest[r] = kNothing;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const auto t = load<Vector<float, 4>>(terms + (8 * j + column) * 2);
 #pragma unroll
-    for (int r = 0; r < kOwnRows; ++r) {
-      float& first = sums[r / 2][j][r % 2 * 2];
-      float& second = sums[r / 2][j][r % 2 * 2 + 1];
+    for (int r = 0; r < 2 * I; ++r) {
+      float& first = sums[r / 2][from + j][r % 2 * 2];
+      float& second = sums[r / 2][from + j][r % 2 * 2 + 1];
       first = fused(first, t.at[0], t.at[1]);
       second = fused(second, t.at[2], t.at[3]);
       highest[r] = larger(highest[r], larger(first, second));
@@ -227,16 +242,16 @@ __device__ inline void take_scores(float (&sums)[2][8][4], const float* terms, i
   }
   bool near = false;
 #pragma unroll
-  for (int r = 0; r < kOwnRows; ++r) near = near || highest[r] >= floors[r];
+  for (int r = 0; r < 2 * I; ++r) near = near || highest[r] >= floors[r];
   if (!any(near)) return;
 #pragma unroll
-  for (int r = 0; r < kOwnRows; ++r) {
+  for (int r = 0; r < 2 * I; ++r) {
     if (highest[r] >= floors[r]) {
 #pragma unroll
       for (int j = 0; j < 8; ++j)
 #pragma unroll
         for (int v = 0; v < 2; ++v) {
-          const float score = sums[r / 2][j][r % 2 * 2 + v];
+          const float score = sums[r / 2][from + j][r % 2 * 2 + v];
           if (score >= floors[r]) found[r].insert(score, first_code + 8 * j + column + v);
         }
     }
@@ -326,8 +341,8 @@ __device__ void scan(const Packed& p, int64_t group, int begin, int end, const B
     for (int tile = 0; tile < p.tiles; ++tile) {
       add_chunk<T, parts>(sums, tokens, codes, tile * 2 * p.slots, left);
       if (step.chunk < p.chunks - 1) break;
-      take_scores(sums, terms + tile * kImageRows * 2, (column * p.tiles + tile) * kImageRows,
-                  windows, floors, found);
+      take_scores<0>(sums, terms + tile * kImageRows * 2, (column * p.tiles + tile) * kImageRows,
+                     windows, floors, found);
 #pragma unroll
       for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -339,6 +354,20 @@ __device__ void scan(const Packed& p, int64_t group, int begin, int end, const B
   wait_copies<0>();
 }
 
+// What the four threads of a row found, in all of them.
+__device__ inline void join_lanes(Found& found) {
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    Found other;
+    other.best = shuffle_xor(found.best, step);
+    other.next = shuffle_xor(found.next, step);
+    other.third = shuffle_xor(found.third, step);
+    other.best_at = shuffle_xor(found.best_at, step);
+    other.next_at = shuffle_xor(found.next_at, step);
+    found.join(other);
+  }
+}
+
 // Puts what the threads of a row found together in memory.found[row · column_warps]; all threads of
 // the block call, and sync() follows.
 __device__ inline void join_threads(const BlockShape& shape, const SearchMemory& memory,
@@ -346,16 +375,7 @@ __device__ inline void join_threads(const BlockShape& shape, const SearchMemory&
   const int column_warp = warp() / shape.row_warps, row = warp() % shape.row_warps * kTileRows;
 #pragma unroll
   for (int r = 0; r < kOwnRows; ++r) {
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-      Found other;
-      other.best = shuffle_xor(found[r].best, step);
-      other.next = shuffle_xor(found[r].next, step);
-      other.third = shuffle_xor(found[r].third, step);
-      other.best_at = shuffle_xor(found[r].best_at, step);
-      other.next_at = shuffle_xor(found[r].next_at, step);
-      found[r].join(other);
-    }
+    join_lanes(found[r]);
     if (lane() % 4 == 0)
       memory.found[(row + lane() / 4 + 8 * r) * shape.column_warps + column_warp] = found[r];
   }

@@ -136,6 +136,7 @@ CASES = [
     Case("wide-cosine", _simple((2, 9, 130), 66, metric="cosine", return_distance=True)),
     Case("wide-codes", _simple((6, 257), 80, return_codes=True, return_distance=True)),
     Case("many-codes", _simple((5, 16), 3000)),
+    Case("many-tiles", _simple((260, 200), 300)),
     Case("grouped", _grouped),
     Case("grouped-cosine", _grouped_by("cosine")),
     Case("grouped-dot", _grouped_by("dot")),
