@@ -219,7 +219,8 @@ template <class T, bool soft>
 const char* clear(const Gradients& p, void* stream) {
   const int64_t rows = p.B * p.N;
   const char* error = nullptr;
-  if (soft && p.keys_grad != nullptr) error = zero(p.keys_grad, rows * p.E * int64_t{sizeof(T)}, stream);
+  if (soft && p.keys_grad != nullptr)
+    error = zero(p.keys_grad, rows * p.E * int64_t{sizeof(T)}, stream);
   if (error == nullptr && p.value_grad != nullptr)
     error = zero(p.value_grad, rows * p.C * int64_t{sizeof(T)}, stream);
   if (error == nullptr && p.bias_grad != nullptr)

@@ -179,7 +179,7 @@ __device__ void for_scores(Scores<T>& scores, const Body& body) {
 
 // body(scores of one token, the token) for each of this lane.
 template <class T, class Body>
-__device__ void for_tokens(Scores<T>& scores, const Body& body) {
+__device__ void for_tokens(Scores<T>&, const Body& body) {
 #pragma unroll
   for (int i = 0; i < kOwn<T> / 16; ++i)
 #pragma unroll

@@ -262,8 +262,7 @@ __device__ void take_scores(float (&sums)[I][J][4], const float* terms, int32_t 
   }
 }
 
-// Where a block is in its columns of images: one chunk of as many columns as there are column
-// warps.
+// Where a block is in its columns of images: a chunk of as many as there are column warps.
 struct Step {
   int column, end, chunk = 0, stage = 0;
 

@@ -69,7 +69,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> aggregate_soft_backward(
   value = rows_contiguous(value);
   AggregateSoftBackward p{};
   set_operands(query, key, value, op, p);
-  if (query.dim() == 3 && p.query.batch_stride == 0) p.query.batch_stride = p.M * p.E;  // of one image
+  if (query.dim() == 3 && p.query.batch_stride == 0)
+    p.query.batch_stride = p.M * p.E;  // of one image
   set_forward(gradient, tokens, lse, op, p);
   p.bias = bias_of(bias, p.B, p.N, op);
   p.mask = mask_of(mask, p.B, p.N, op);

@@ -54,7 +54,8 @@ def score_attention(
         lse: (B, H, R), the natural logarithm of Σ_j exp(scale · ⟨q, k_j⟩) over the visible keys, as
             flash attention returns it. With it only the wanted columns are read.
         columns: (first, end): only these keys' scores are returned; the softmax runs over all.
-        row_weights: (B, R), finite, the w_t of the sum, 1 by default. The maximum does not know them.
+        row_weights: (B, R), finite, the w_t of the sum, 1 by default. The maximum does not know
+            them.
         heads: "mean" over all heads, "group" mean over the heads of each key head, "none" keeps
             every head.
         reduce: ("sum",), ("max",) or ("sum", "max").

@@ -151,7 +151,7 @@ def prepare(
     usable = here & (broken == 0.0) & (bias > -BIG) & is_finite(squares)
     terms = terms_ptr + group * 2 * padded + code
     tl.store(terms, tl.where(usable, factor, 1.0))
-    never = -float("inf") if PARTS == 0 else -BIG  # whatever the product, where it has no bits to lose
+    never = -float("inf") if PARTS == 0 else -BIG  # in parts the low bits name a column
     tl.store(terms + padded, tl.where(usable, bias, never))
     factor = tl.where(usable, factor, 0.0)
     bound = bounds_ptr + tl.program_id(0) * 4
