@@ -142,6 +142,13 @@ are six) and of 16.
 """
 
 
+EXPONENTIALS, COMPARES = 3.7e12, 29.7e12
+"""Per second of an H200."""
+
+WARP_PRODUCTS = 0.6
+"""Of the tensor cores' rate, what single warps reach on a Hopper."""
+
+
 def launched(kernel: str) -> Launched:
     """How a kernel is launched; a new one has to be entered above."""
     for pattern, how in KERNELS.items():
@@ -173,34 +180,87 @@ def kernels_table(uses: resources.Uses) -> Table:
     return table
 
 
-def predicted(call: Call, launches: int) -> tuple[float, str, float]:
-    """Bytes, what limits a call, and microseconds."""
-    moved, flops = call.cost or (sum(touched(launch) for launch, _ in call.launches), None)
-    memory, start = 1e6 * moved / BYTES_PER_SECOND, LAUNCH_US * launches
-    kind, times = "float32", 1
-    if call.op.name in TENSOR_CORES:
+def exponentials(op: str, kwargs: dict[str, Any]) -> int:
+    """Those that the forward call of an op takes at least; an error function counts as one."""
+    if op == "score_attention":
+        images, heads, rows, _ = kwargs["query"].shape
+        passes = 1 + (kwargs.get("lse") is None)
+        return images * heads * rows * kwargs["key"].shape[2] * passes
+    if op == "aggregate_logits":
+        return kwargs["logits"].numel()
+    if op == "aggregate_soft":
+        return kwargs["key"].shape[0] * kwargs["key"].shape[1] * kwargs["query"].shape[-2]
+    if op == "slim_tokens":
+        images, tokens, _ = kwargs["x"].shape
+        return images * tokens * sum(kwargs["w2"].shape)
+    return 0
+
+
+def compares(op: str, kwargs: dict[str, Any]) -> int:
+    """One for each score of a code."""
+    if op == "assign_nearest":
+        book = kwargs["codebook"]
+        return kwargs["x"].numel() // book.shape[-1] * book.shape[-2]
+    if op == "assign_residual":
+        books = kwargs["codebooks"]
+        return kwargs["x"].numel() // books.shape[-1] * books.shape[0] * books.shape[1]
+    return 0
+
+
+class Prediction(NamedTuple):
+    """Of one call: what it moves and does, and microseconds with and without what kernels lose."""
+
+    moved: float
+    flops: float
+    exponentials: int
+    compares: int
+    limit: str
+    limit_us: float
+    us: float
+
+
+def predicted(call: Call, launches: int) -> Prediction:
+    moved, flops = call.cost or (sum(touched(launch) for launch, _ in call.launches), 0)
+    name, start = call.op.name, LAUNCH_US * launches
+    kind, times, share = "float32", 1, 1.0
+    if name in TENSOR_CORES:
         narrow = any(t.element_size() == 2 for t in tensors_in(call.kwargs))
-        kind, times = "16 bits", TENSOR_CORES[call.op.name][narrow]
-    arithmetic = 1e6 * times * (flops or 0) / RATES[kind]
-    longest = max((start, "launches"), (memory, "memory"), (arithmetic, f"products, {kind}"))
-    return moved, longest[1], start + max(memory, arithmetic)
+        kind, times, share = "16 bits", TENSOR_CORES[name][narrow], WARP_PRODUCTS
+    counts = (0, 0)
+    if not call.gradient:
+        counts = exponentials(name, call.kwargs), compares(name, call.kwargs)
+    products = 1e6 * times * (flops or 0) / RATES[kind]
+    others = [
+        (1e6 * moved / BYTES_PER_SECOND, "memory"),
+        (1e6 * counts[0] / EXPONENTIALS, "exponentials"),
+        (1e6 * counts[1] / COMPARES, "compares"),
+    ]
+    limit_us, limit = max([(products, f"products, {kind}"), *others])
+    us = start + max(products / share, *(time for time, _ in others))
+    if limit_us < start:
+        limit = "launches"
+    return Prediction(moved, flops or 0, *counts, limit, limit_us, us)
 
 
 def calls_table(calls: list[Call], measured: dict[str, float]) -> Table:
-    columns = ["call", "launches", "MB", "limit", "predicted µs", "measured µs"]
-    table = Table("Calls", columns, [])
+    columns = ["call", "launches", "MB", "GFLOP", "M exp", "M compares"]
+    table = Table("Calls", [*columns, "limit", "limit µs", "predicted µs", "measured µs"], [])
     for call in calls:
         if call.op.name not in CALLS:
             continue
         launches = CALLS[call.op.name](call.kwargs)[call.gradient]
-        moved, limit, us = predicted(call, launches)
+        found = predicted(call, launches)
         table.rows.append(
             [
                 str(call),
                 str(launches),
-                number(moved / 1e6),
-                limit,
-                number(us),
+                number(found.moved / 1e6),
+                number(found.flops / 1e9) if found.flops else "",
+                number(found.exponentials / 1e6) if found.exponentials else "",
+                number(found.compares / 1e6) if found.compares else "",
+                found.limit,
+                number(found.limit_us),
+                number(found.us),
                 number(measured.get(str(call))),
             ]
         )
