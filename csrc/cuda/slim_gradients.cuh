@@ -43,7 +43,9 @@ __device__ void weigh_slot(const SlimBackward& job, float (&raw)[I][2], float (&
   for (int i = 0; i < 2 * I; ++i) {
     const bool inside = there && lane() / 4 + 8 * i < rows;
     float &score = raw[i / 2][i % 2], &share = shares[i / 2][i % 2];
-    const float weight = inside ? exp2f((score * factor - lse) * kLog2E) : 0.0f;
+    // Rounded as the logit was that `lse` is made of.
+    const float below_lse = rounded_product(score, factor) - lse;
+    const float weight = inside ? exp2f(below_lse * kLog2E) : 0.0f;
     const float change = inside && job.slim.tokens > 1 ? weight * (share - mean) : 0.0f;
     parts[0][i / 2][i % 2] = weight;
     parts[1][i / 2][i % 2] = change;
@@ -209,8 +211,9 @@ __device__ void fold(const SlimBackward& job, int64_t number) {
   job.folded[p.hidden + h] = shifted + widen(load_one<T>(p.b1, h));
 }
 
-// Takes from the logits' gradient of a tile the multiple of the weights by which its sum over all
-// tokens is not 0; gives what these slots of the tile add to the scale's.
+// Divides the weights of a tile by their sum over all tokens, of which a large `lse` is too coarse
+// to make one, and takes from the logits' gradient the multiple of the weights by which its sum is
+// not 0; gives what these slots of the tile add to the scale's.
 template <class T>
 __device__ float settle(const SlimBackward& job, const Tile<T>& tile, int64_t number) {
   const Slim& p = job.slim;
@@ -223,7 +226,7 @@ __device__ float settle(const SlimBackward& job, const Tile<T>& tile, int64_t nu
   const float factor = scale_of(p);
   float total = 0;
   for (int64_t slot = thread() % across; slot < job.width; slot += across) {
-    float mass = 0, rest = 0;
+    float mass = 0, rest = 0, inverse = 1;
     if (slot < p.slots) {
       const float* source = job.sums + tile.image * p.tiles * p.slots + slot;
 #pragma unroll 4
@@ -231,14 +234,16 @@ __device__ float settle(const SlimBackward& job, const Tile<T>& tile, int64_t nu
         mass += source[t * p.slots];
         rest += source[places + t * p.slots];
       }
-      rest /= mass == 0 ? 1.0f : mass;
+      inverse = mass == 0 ? 1.0f : 1.0f / mass;
+      rest *= inverse;
       source = job.sums + number * p.slots + slot;
-      if (mine == 0) total += source[3 * places] - rest * source[2 * places];
+      if (mine == 0) total += (source[3 * places] - rest * source[2 * places]) * inverse;
     }
 #pragma unroll 4
     for (int64_t r = mine; r < tile.rows; r += down) {
-      T& logit = logits[r * job.width + slot];
-      logit = narrow<T>(widen(logit) - widen(weights[r * job.width + slot]) * (rest * factor));
+      T &logit = logits[r * job.width + slot], &weight = weights[r * job.width + slot];
+      logit = narrow<T>((widen(logit) - widen(weight) * (rest * factor)) * inverse);
+      weight = narrow<T>(widen(weight) * inverse);
     }
   }
   return total;

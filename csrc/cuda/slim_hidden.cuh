@@ -132,12 +132,23 @@ void hold(Slim& p, int64_t more = 0) {
   while (p.held > 1 && HiddenMemory<T>::bytes(p) > often);
 }
 
+// What a second part brings back to a float16: of more than its largest, its largest.
+__device__ inline float within_half(float value) {
+  constexpr float kMost = 65504.0f;
+  return value > kMost ? kMost : value < -kMost ? -kMost : value;
+}
+
 // Stores a number in its parts, the second `apart` elements behind the first.
 template <class T>
 __device__ void put(T* to, int apart, float value) {
-  const T high = narrow<T>(value);
-  to[0] = high;
-  if constexpr (kRounded<T> == 2) to[apart] = narrow<T>(value - widen(high));
+  if constexpr (kRounded<T> == 2) {
+    const bool finite = value - value == 0.0f;
+    const T high = narrow<T>(finite ? within_half(value) : value);
+    to[0] = high;
+    to[apart] = narrow<T>(finite ? within_half(value - widen(high)) : 0.0f);
+  } else {
+    to[0] = narrow<T>(value);
+  }
 }
 
 // sums += left · rightᵀ where left has parts. One step at a time, for registers.

@@ -35,7 +35,7 @@ __device__ void exponentials(float (&logits)[I][2], int rows, float scale, float
 #pragma unroll
   for (int i = 0; i < 2 * I; ++i) {
     float& logit = logits[i / 2][i % 2];
-    logit = cuda::lane() / 4 + 8 * i < rows ? logit * scale : -INFINITY;
+    logit = cuda::lane() / 4 + 8 * i < rows ? cuda::rounded_product(logit, scale) : -INFINITY;
   }
   highest = cuda::over_tokens<I>(logits, cuda::maximum);
   const float shift = highest == -INFINITY ? 0.0f : highest;
@@ -231,6 +231,7 @@ int64_t width_of(const SlimTokens& p) {
 int64_t step_of(const SlimTokens& p) {
   const int64_t size = size_of(p.dtype), out = p.batch * p.slots * p.channels * size;
   const int64_t each = p.tokens * width_of(p) * size;
+  if (each == 0) return 1;
   const int64_t step = (out > kScratch ? out : kScratch) / each;
   return step < 1 ? 1 : step < p.batch ? step : p.batch;
 }

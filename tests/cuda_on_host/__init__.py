@@ -24,7 +24,9 @@ BUILD = ROOT / "build" / "cmake"
 FAULT = 86
 """What a process ends with in which a kernel did something wrong."""
 
-OWN = ("tests/ops/test_aggregate_edges.py", "tests/ops/test_assign_exact.py")
+OWN = tuple(
+    f"tests/ops/test_{name}.py" for name in ("aggregate_edges", "assign_exact", "slim_gradients")
+)
 """Tests of single ops, besides those of the registry, that know this overload."""
 
 loaded: list[str] = []

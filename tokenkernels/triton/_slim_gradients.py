@@ -110,8 +110,9 @@ def settle(
     logits, weights, sums_ptr, image, index, here, factor, slots, tiles, places, width,
     TILES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Takes from the logits' gradient of a tile the multiple of the weights by which its sum over
-    all tokens is not 0, and gives what the tile adds to the scale's.
+    """Divides the weights of a tile by their sum over all tokens, of which a large `lse` is too
+    coarse to make one, takes from the logits' gradient the multiple of the weights by which its sum
+    is not 0, and gives what the tile adds to the scale's.
     """
     total = tl.zeros([SLOTS], tl.float32)
     for first in range(0, width, SLOTS):
@@ -124,14 +125,18 @@ def settle(
             some = low + tl.arange(0, TILES)
             mass += tl.sum(tile(source, some * slots, known, some < tiles), 1)
             rest += tl.sum(tile(source + places, some * slots, known, some < tiles), 1)
-        rest /= tl.where(mass == 0.0, 1.0, mass)
+        inverse = 1.0 / tl.where(mass == 0.0, 1.0, mass)
+        rest *= inverse
         source += index * slots
         raw = tl.load(source + 2 * places, known, 0.0)
-        total += tl.load(source + 3 * places, known, 0.0) - rest * raw
+        total += (tl.load(source + 3 * places, known, 0.0) - rest * raw) * inverse
         inside = slot < width
         change = tile(logits, slot, here, inside).to(tl.float32)
-        change -= tile(weights, slot, here, inside).to(tl.float32) * (rest * factor)[None, :]
-        store(logits[:, None] + slot[None, :], change, here[:, None] & inside[None, :])
+        kept = tile(weights, slot, here, inside).to(tl.float32)
+        change = (change - kept * (rest * factor)[None, :]) * inverse[None, :]
+        wanted = here[:, None] & inside[None, :]
+        store(logits[:, None] + slot[None, :], change, wanted)
+        store(weights[:, None] + slot[None, :], kept * inverse[None, :], wanted)
     return tl.sum(total)
 
 
