@@ -19,22 +19,21 @@
 //                 for what nobody writes while the kernel runs. Plain pointers for the rest.
 //   atomics       atomic_add, _min, _max, _or, _exchange, _compare_exchange on 32 and 64 bits,
 //                 relaxed; load_acquire, store_release, load_relaxed, store_relaxed; fence().
-//   copies        copy_async<16>(shared, global) of one thread, commit_copies(),
-//   wait_copies<left>();
-//                 then sync() for the others. copy_bulk(shared, global, bytes, gate) of a whole
-//                 warp, multiples of 16 bytes, is one arrival at a Gate: init_gate(gate, arrivals)
-//                 by one thread, sync(); arrive(gate) by one thread; wait_gate(gate, phase), the
-//                 phases being 0, 1, 0, … store_bulk(global, shared, bytes) of a whole warp:
-//                 fence_bulk() by all that wrote, sync(), store_bulk, commit_stores(),
-//                 wait_stores<left>() before the shared bytes change or the block ends.
+//   copies        copy_async<16>(shared, global) of one thread, commit_copies(), then
+//                 wait_copies<left>() and, for the others, sync(). copy_bulk(shared, global, bytes,
+//                 gate) of a whole warp, multiples of 16 bytes, is one arrival at a Gate:
+//                 init_gate(gate, arrivals) by one thread, sync(); arrive(gate) by one thread;
+//                 wait_gate(gate, phase), the phases being 0, 1, 0, … store_bulk(global, shared,
+//                 bytes) of a whole warp: fence_bulk() by all that wrote, sync(), store_bulk,
+//                 commit_stores(), wait_stores<left>() before the shared bytes change or the block
+//                 ends.
 //   clusters      Launch.cluster blocks side by side: cluster_rank(), cluster_blocks(),
 //                 sync_cluster(), shared_of(pointer, rank); none ends while another reads it.
 //   products      load_matrices<count, transposed>(registers, row) of shared memory,
 //                 multiply_add<T>(sum, a, b): 16×8 += 16×16 · 16×8 of BFloat16 or Half, 16×8 · 8×8
 //                 of float rounded by to_tf32; registers as PTX lays out m16n8k16 and m16n8k8.
-//   groups        products of 64 rows by the four warps of a group() as one, on a Hopper: the
-//   kernel
-//                 inside if constexpr (kGroupProducts), launched as group_products() says.
+//   groups        products of 64 rows by the four warps of a group() as one, on a Hopper: inside
+//                 if constexpr (kGroupProducts), in kernels launched as group_products() says.
 //                 Tiles lie in images (launch_image.cuh), which fence_bulk() by all that wrote and
 //                 sync() make ready. fence_products(sums, words) names the registers that were
 //                 touched; multiply_add_group<T, N>(sums, left, right) adds 64×d · (N×d)ᵀ, d of 32

@@ -30,7 +30,11 @@ int known_of_device(int (&known)[kDevices], const Ask& ask) {
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return ask();
   int answer = __atomic_load_n(&known[device], __ATOMIC_RELAXED);
-  if (answer == 0) __atomic_store_n(&known[device], answer = ask(), __ATOMIC_RELAXED);
+  if (answer == 0) {
+    answer = ask();
+    cudaGetLastError();  // a refusal is an answer, and no fault of the next call
+    __atomic_store_n(&known[device], answer, __ATOMIC_RELAXED);
+  }
   return answer;
 }
 

@@ -49,11 +49,15 @@ __device__ void tie(T (&values)[count]) {
 // kernel.
 template <class T = int>
 GroupProducts group_products() {
-  cudaFuncAttributes attributes{};
-  const bool there =
-      cudaFuncGetAttributes(&attributes, detail::group_products_kernel<T>) == cudaSuccess &&
-      attributes.sharedSizeBytes >= detail::kMark;
-  return there ? GroupProducts::kWhereFaster : GroupProducts::kNowhere;
+  static int there[kDevices] = {};
+  const int yes = known_of_device(there, [] {
+    cudaFuncAttributes attributes{};
+    return cudaFuncGetAttributes(&attributes, detail::group_products_kernel<T>) == cudaSuccess &&
+                   attributes.sharedSizeBytes >= detail::kMark
+               ? 1
+               : -1;
+  });
+  return yes > 0 ? GroupProducts::kWhereFaster : GroupProducts::kNowhere;
 }
 
 // The same in all lanes, as the compiler can see.
