@@ -93,14 +93,19 @@ class Checkpoints:
 
     def save(self, step: int, state: Any) -> None:
         """Writes what `torch.load(…, weights_only=True)` can read: tensors, numbers, strings, and
-        lists and dicts of such. Then older files go, beyond those that are kept.
+        lists and dicts of such. Then older files go, beyond those that are kept, and damaged ones
+        of this step or later, which were passed over.
         """
         unfinished = _beside(self.folder / f"step-{step:09d}")
         try:
             torch.save(state, unfinished)
-            _put(unfinished, self.folder / f"step-{step:09d}-{_checksum(unfinished):08x}.pt")
+            written = self.folder / f"step-{step:09d}-{_checksum(unfinished):08x}.pt"
+            _put(unfinished, written)
         finally:
             unfinished.unlink(missing_ok=True)
+        for other, path in self._files():
+            if other >= step and path != written:
+                path.unlink(missing_ok=True)
         for _, path in self._files()[: -self.keep]:
             path.unlink(missing_ok=True)
 
