@@ -193,7 +193,7 @@ BACKWARD_CASES = [
     Case("segments", _gradient(_shapes(1, 300, 18, 17))),
     Case("far", _gradient(_far)),
     Case("constant", _gradient(_constant)),
-    Case("sharp", _gradient(_shapes(2, 40, 24, 17, scale=12.0))),
+    Case("sharp", _gradient(_shapes(2, 40, 24, 17, scale=6.0))),
     Case("wide-hidden", _gradient(_shapes(1, 34, 9, 66, hidden=201))),
 ]
 
