@@ -8,6 +8,7 @@ import json
 import os
 import re
 import tarfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 Transform = Callable[[Any], Tensor]
 
 
-class Images(Dataset[tuple[Tensor, int]]):
+class Images(Dataset[tuple[Tensor, int]], ABC):
     """What folders and shards share: decoding and transforming.
 
     Attributes:
@@ -37,12 +38,13 @@ class Images(Dataset[tuple[Tensor, int]]):
     classes: list[str]
     highest: int
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """How many images there are."""
 
+    @abstractmethod
     def read(self, index: int) -> tuple[bytes, int, str]:
         """Content of a file, its label, and what it is called."""
-        raise NotImplementedError
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int]:
         content, label, name = self.read(draw.image)
