@@ -3,6 +3,7 @@
 // in pieces, whose sums the warp that ends last adds up.
 #include "cuda/look_back.cuh"
 #include "cuda/sum_rows.cuh"
+#include "cuda/token_rows.cuh"
 
 namespace tk {
 namespace {
@@ -201,17 +202,6 @@ __global__ void __launch_bounds__(cuda::kThreads)
   }
 }
 
-__device__ int64_t offset_of(const TokenRows& x, int64_t row, int64_t group) {
-  int64_t offset = group * x.group_stride;
-#pragma unroll 1
-  for (int d = x.dims - 1; d > 0; --d) {
-    const int64_t rest = row / x.sizes[d];
-    offset += (row - rest * x.sizes[d]) * x.strides[d];
-    row = rest;
-  }
-  return x.dims > 0 ? offset + row * x.strides[0] : offset;
-}
-
 // The last code in pieces whose first one is not behind `piece`; a warp together.
 __device__ int64_t code_of_piece(const Round& r, int64_t codes, uint32_t piece) {
   int64_t low = 0;
@@ -291,7 +281,7 @@ __global__ void __launch_bounds__(cuda::kThreads, kVectors ? 3 : 2)
     cuda::sum_rows<T, kVectors, cuda::kReadOnly>(
         task.begin, task.end, left < columns ? left : columns, p.x.stride,
         [&](int number) {
-          const int64_t at = offset_of(p.x, r.first + r.sorted[number], task.code / p.codes);
+          const int64_t at = cuda::offset_of(p.x, r.first + r.sorted[number], task.code / p.codes);
           return static_cast<const T*>(p.x.data) + at + task.d * p.x.stride;
         },
         [&](int64_t column, float sum) {

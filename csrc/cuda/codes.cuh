@@ -6,7 +6,7 @@
 // lanes get the same bits, so which of them found a code does not matter.
 #pragma once
 
-#include "cuda/launch.cuh"
+#include "cuda/token_rows.cuh"
 
 namespace tk::cuda {
 
@@ -59,15 +59,7 @@ __device__ inline const void* moved(const void* data, DType dtype, int64_t eleme
 }
 
 __device__ inline Numbers token_at(const TokenRows& x, bool wide, int64_t row, int64_t group) {
-  int64_t offset = group * x.group_stride;
-#pragma unroll 1
-  for (int d = x.dims - 1; d > 0; --d) {
-    const int64_t rest = row / x.sizes[d];
-    offset += (row - rest * x.sizes[d]) * x.strides[d];
-    row = rest;
-  }
-  if (x.dims > 0) offset += row * x.strides[0];
-  return {moved(x.data, x.dtype, offset), x.dtype, x.stride, wide};
+  return {moved(x.data, x.dtype, offset_of(x, row, group)), x.dtype, x.stride, wide};
 }
 
 __device__ inline Numbers code_at(const Codebooks& book, bool wide, int64_t group, int64_t code) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 
 namespace tk::cuda::tried {
 
@@ -13,6 +14,16 @@ struct Planted {
 };
 extern const Planted kPlanted[], kPlantedCopies[], kPlantedGroups[];
 extern const int kPlantedCount, kPlantedCopiesCount, kPlantedGroupsCount;
+
+// Memory as the GPU hands it out.
+template <class T>
+struct Aligned {
+  explicit Aligned(size_t count)
+      : data(static_cast<T*>(std::aligned_alloc(128, (count * sizeof(T) + 127) / 128 * 128))) {}
+  ~Aligned() { std::free(data); }
+  Aligned(const Aligned&) = delete;
+  T* data;
+};
 
 // A kernel without fault, launched and compared with what it must give: null, or what differs.
 struct Sound {

@@ -1,6 +1,5 @@
 // More kernels without fault: copies beside the threads, gates, clusters, tensor cores.
 #include <cmath>
-#include <cstdlib>
 #include <vector>
 
 #include "cuda/launch.cuh"
@@ -10,15 +9,6 @@ namespace tk::cuda::tried {
 namespace {
 
 constexpr int kTile = 256, kTiles = 7, kStages = 2, kValues = kTile * kTiles;
-
-template <class T>
-struct Aligned {
-  explicit Aligned(size_t count)
-      : data(static_cast<T*>(std::aligned_alloc(128, (count * sizeof(T) + 127) / 128 * 128))) {}
-  ~Aligned() { std::free(data); }
-  Aligned(const Aligned&) = delete;
-  T* data;
-};
 
 // Two tiles under way while one is used.
 __global__ void async_kernel(const uint32_t* from, uint32_t* to, int64_t count) {

@@ -1,6 +1,5 @@
 // Kernels without fault: products of groups, from images filled by threads, by async copies and by
 // bulk copies.
-#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -100,15 +99,6 @@ __global__ void groups_kernel(const T* left, const T* right, float* to) {
     }
   }
 }
-
-template <class T>
-struct Aligned {
-  explicit Aligned(size_t count)
-      : data(static_cast<T*>(std::aligned_alloc(128, (count * sizeof(T) + 127) / 128 * 128))) {}
-  ~Aligned() { std::free(data); }
-  Aligned(const Aligned&) = delete;
-  T* data;
-};
 
 template <class T>
 T small_number(int i) {
