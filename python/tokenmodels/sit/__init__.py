@@ -4,7 +4,7 @@ from tokenmodels.sit.checkpoint import infer_config
 from tokenmodels.sit.config import VARIANTS, SiTConfig
 from tokenmodels.sit.distillation import FRDLosses, frd_losses
 from tokenmodels.sit.distilled import Distilled
-from tokenmodels.sit.evaluate import Accuracy, accuracy
+from tokenmodels.sit.evaluate import Accuracy, accuracy, evaluation_transform
 from tokenmodels.sit.export import export_onnx
 from tokenmodels.sit.model import SiT, SiTOutput
 from tokenmodels.sit.recipe import Recipe, parameter_groups
@@ -29,6 +29,7 @@ __all__ = [
     "TrainingParts",
     "accuracy",
     "compose",
+    "evaluation_transform",
     "export_onnx",
     "frd_losses",
     "infer_config",

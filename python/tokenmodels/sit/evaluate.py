@@ -84,7 +84,7 @@ def evaluation_loader(
     crop: float,
 ) -> DataLoader[Any]:
     """This process's share of the images, resized and cropped for a config."""
-    images = open_images(source, Centre(height_width(config), crop))
+    images = open_images(source, evaluation_transform(config, crop))
     require_classes(images, config, source)
     return DataLoader(
         images,
@@ -93,6 +93,25 @@ def evaluation_loader(
         num_workers=workers,
         pin_memory=processes.device.type == "cuda",
     )
+
+
+def evaluation_transform(config: SiTConfig, crop: float = 224 / 256) -> Centre:
+    """The official preparation of an image: resized, its middle cut out, normalised.
+
+    Args:
+        config: says for which size.
+        crop: share of the resized short side that is kept.
+
+    Returns:
+        A function of a Pillow image that gives a float32 tensor (3, height, width).
+
+    Example:
+        >>> from PIL import Image
+        >>> transform = evaluation_transform(SiTConfig.variant("sit_large"))
+        >>> transform(Image.new("RGB", (640, 480))).shape
+        torch.Size([3, 288, 288])
+    """
+    return Centre(height_width(config), crop)
 
 
 def height_width(config: SiTConfig) -> tuple[int, int]:
