@@ -52,7 +52,8 @@ gpu:
 	PYTHONPATH=.:python:$$PYTHONPATH $(PYTHON) -m bench.gpu --budget $(or $(BUDGET),540) --only "$(ONLY)" --out "$(OUT)"
 
 test: build
-	$(if $(filter sanitize,$(VARIANT)),$(PRELOAD) $(RUN) -m pytest $(SANITIZED),$(RUN) -m pytest)
+	$(if $(filter sanitize,$(VARIANT)),$(PRELOAD)) $(RUN) -m pytest --numprocesses auto --dist worksteal \
+		$(if $(filter sanitize,$(VARIANT)),$(SANITIZED))
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -2,6 +2,7 @@
 have them.
 """
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -19,6 +20,23 @@ else:  # read when the first kernel is decorated
 ops.load()
 torch.set_num_threads(2)
 
+
+def _admit_torchvision() -> torch.library.Library | None:
+    """A torchvision made for CUDA asks, when imported, for two operators that its own object would
+    have defined, had torch been able to load it.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or torch.version.cuda is not None:
+        return None
+    if "+cu" not in Path(str(spec.origin)).with_name("version.py").read_text():
+        return None
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+TORCHVISION = _admit_torchvision()
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 
 

@@ -23,6 +23,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from alone import alone
+
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc"
 OBJECT = ROOT / "tokenkernels" / "_torch.so"
@@ -96,7 +98,6 @@ def _cubin(source: Path, arch: str) -> Path:
         content.update(file.read_bytes())
     path = CUBINS / f"{source.stem}.{arch}.{content.hexdigest()[:16]}.cubin"
     if not path.exists():
-        CUBINS.mkdir(parents=True, exist_ok=True)
         for old in CUBINS.glob(f"{source.stem}.{arch}.*"):
             old.unlink()
         made = path.with_suffix(".new")
@@ -111,7 +112,7 @@ def files(arch: str) -> list[Path]:
     if OBJECT.exists() and output("cuobjdump", "-lelf", "-arch", arch, OBJECT).strip():
         return [OBJECT]
     sources = sorted((SOURCES / "cuda").glob("*.cu"), key=lambda file: -file.stat().st_size)
-    with ThreadPoolExecutor(2) as workers:
+    with alone(CUBINS), ThreadPoolExecutor(2) as workers:
         return list(workers.map(lambda source: _cubin(source, arch), sources))
 
 

@@ -115,6 +115,21 @@ def _shards(folder: Path, source: ImageFolder, per_shard: int = 2) -> Path:
     return folder
 
 
+def test_shards_of_webdataset(folder: Path, tmp_path: Path) -> None:
+    """Written by the package itself."""
+    webdataset = pytest.importorskip("webdataset")
+    plain = ImageFolder(folder, training_transform((16, 24), PLAIN))
+    with webdataset.TarWriter(str(tmp_path / "part-000.tar")) as writer:
+        for i in range(len(plain)):
+            content, label, _ = plain.read(i)
+            writer.write({"__key__": f"sample{i:04}", "png": content, "cls": label})
+    shards = open_images(tmp_path, plain.transform)
+    assert len(shards) == len(plain)
+    for i in range(len(plain)):
+        got, want = shards[Draw(i, 7)], plain[Draw(i, 7)]
+        assert torch.equal(got[0], want[0]) and got[1] == want[1]
+
+
 def test_shards_are_read_like_folders(folder: Path, tmp_path: Path) -> None:
     plain = ImageFolder(folder, training_transform((16, 24), PLAIN))
     root = _shards(tmp_path / "shards", plain)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from alone import alone
 
 from tokenkernels import ops
 from tokenkernels._op import OPS
@@ -41,7 +42,8 @@ def build(target: str) -> Path:
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("the context switch of the executor is written for x86-64")
     command = ["cmake", "--build", str(BUILD), "--target", target]
-    done = subprocess.run(command, capture_output=True, text=True, env=plain_environment())
+    with alone(BUILD):
+        done = subprocess.run(command, capture_output=True, text=True, env=plain_environment())
     assert done.returncode == 0, done.stdout + done.stderr
     return BUILD / KIND / target
 
