@@ -141,8 +141,9 @@ def _backward(
 ) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 10
-    *tensors, tokens, lse, projected = ctx.saved_tensors[:9]
-    scale_tensor = ctx.saved_tensors[9] if ctx.learned else None
+    saved = ctx.saved_tensors  # once: recomputed activations are given out only once
+    *tensors, tokens, lse, projected = saved[:9]
+    scale_tensor = saved[9] if ctx.learned else None
     *grads, scale_grad = run(
         BACKWARD, grad, *tensors, scale_tensor, ctx.scale, ctx.eps, tokens, lse, projected
     )
