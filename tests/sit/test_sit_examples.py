@@ -19,10 +19,15 @@ MODULES = [
         *("sit.timing", "sit.train"),
     )
 ]
+WITH_TIMM = [
+    f"tokenmodels.sit.{name}" for name in ("distilled_vit", "hosts", "slim", "timm_models")
+]
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", MODULES + WITH_TIMM)
 def test_docstrings(name: str) -> None:
+    if name in WITH_TIMM:
+        pytest.importorskip("timm")
     module = importlib.import_module(name)
     public = {one: getattr(tokenmodels.sit, one) for one in tokenmodels.sit.__all__}
     found = doctest.DocTestFinder().find(module, globs=vars(module) | public | {"torch": torch})

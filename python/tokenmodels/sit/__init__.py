@@ -4,11 +4,14 @@ from tokenmodels.sit.checkpoint import infer_config
 from tokenmodels.sit.config import VARIANTS, SiTConfig
 from tokenmodels.sit.distillation import FRDLosses, frd_losses
 from tokenmodels.sit.distilled import Distilled
+from tokenmodels.sit.distilled_vit import DistilledViT
 from tokenmodels.sit.evaluate import Accuracy, accuracy, evaluation_transform
 from tokenmodels.sit.export import export_onnx
+from tokenmodels.sit.hosts import record_tokens
 from tokenmodels.sit.model import SiT, SiTOutput
 from tokenmodels.sit.recipe import Recipe, parameter_groups
 from tokenmodels.sit.recovery import RecoverTokens, TrainingParts
+from tokenmodels.sit.slim import Slimming, slim
 from tokenmodels.sit.slimming import SlimTokens, compose, unpool
 from tokenmodels.sit.timing import Throughput, throughput
 from tokenmodels.sit.train import Training
@@ -17,6 +20,7 @@ __all__ = [
     "VARIANTS",
     "Accuracy",
     "Distilled",
+    "DistilledViT",
     "FRDLosses",
     "Recipe",
     "RecoverTokens",
@@ -24,6 +28,7 @@ __all__ = [
     "SiTConfig",
     "SiTOutput",
     "SlimTokens",
+    "Slimming",
     "Throughput",
     "Training",
     "TrainingParts",
@@ -34,6 +39,8 @@ __all__ = [
     "frd_losses",
     "infer_config",
     "parameter_groups",
+    "record_tokens",
+    "slim",
     "throughput",
     "unpool",
 ]

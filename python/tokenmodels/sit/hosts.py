@@ -181,14 +181,21 @@ def record_tokens(model: nn.Module) -> Iterator[list[Tensor]]:
         TypeError: see `slim`, as for ValueError.
 
     Example:
-        >>> import timm  # doctest: +SKIP
-        >>> model = timm.create_model("deit_tiny_patch16_224")  # doctest: +SKIP
-        >>> with record_tokens(model) as tokens:  # doctest: +SKIP
+        >>> import timm
+        >>> model = timm.create_model("deit_tiny_patch16_224", depth=2)
+        >>> with record_tokens(model) as tokens:
         ...     logits = model(torch.randn(1, 3, 224, 224))
-        >>> len(tokens), tokens[0].shape  # doctest: +SKIP
-        (12, torch.Size([1, 196, 192]))
+        >>> len(tokens), tokens[0].shape
+        (2, torch.Size([1, 196, 192]))
     """
-    host, tokens = find("record_tokens", model), list[Tensor]()
+    with keep_tokens(find("record_tokens", model)) as tokens:
+        yield tokens
+
+
+@contextmanager
+def keep_tokens(host: Host) -> Iterator[list[Tensor]]:
+    """See `record_tokens`."""
+    tokens: list[Tensor] = []
 
     def keep(index: int, _block: nn.Module, _args: Any, output: Any) -> None:
         if index == 0:

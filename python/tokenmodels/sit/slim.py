@@ -62,11 +62,11 @@ def slim(
             with relative position bias, rotary positions or windows; numbers that do not fit.
 
     Example:
-        >>> import timm  # doctest: +SKIP
-        >>> model = timm.create_model("deit_small_patch16_224")  # doctest: +SKIP
-        >>> with slim(model, stages=(3, 3, 3, 3), keep=0.5) as slimming:  # doctest: +SKIP
+        >>> import timm
+        >>> model = timm.create_model("deit_tiny_patch16_224")
+        >>> with slim(model, stages=(3, 3, 3, 3), keep=0.5) as slimming:
         ...     logits = model(torch.randn(1, 3, 224, 224))
-        >>> slimming.slots  # doctest: +SKIP
+        >>> slimming.slots
         {2: 98, 5: 49, 8: 24}
     """
     host = find("slim", model)
@@ -127,10 +127,10 @@ class Slimming(nn.Module):
         """What follows a block: its output with fewer patch tokens."""
         if self._passing:
             return output
-        for one in (*args[1:], *kwargs.values()):
-            if isinstance(one, Tensor):
-                allowed = "none: its tokens are not those behind a slimming"
-                raise ValueError(refusal("slim", "attention mask", allowed, tuple(one.shape)))
+        masks = [tuple(x.shape) for x in (*args[1:], *kwargs.values()) if isinstance(x, Tensor)]
+        if masks or kwargs.get("is_causal"):
+            allowed = "none: slots have no places among the tokens"
+            raise ValueError(refusal("slim", "attention mask", allowed, masks or "causal"))
         x = hidden(output)
         patches = x[:, self.prefix :]
         if self._assignments is not None:

@@ -1,7 +1,7 @@
 """SiT under timm's names: importing this module registers them for `timm.create_model`.
 
-Slimmed: `sit_tiny`, `sit_xsmall`, `sit_small`, `sit_medium`, `sit_large`; their teachers, which slim
-nothing: the same names with `_dense`. Each may carry the tag `.tokenkernels`.
+Slimmed: `sit_tiny`, `sit_xsmall`, `sit_small`, `sit_medium`, `sit_large`; their teachers, which
+slim nothing: the same names with `_dense`. Each may carry the tag `.tokenkernels`.
 """
 
 from __future__ import annotations
@@ -160,12 +160,12 @@ class TimmSiT(SiT):
         )
         self.blocks, self.slims = self.blocks[: sum(stages)], self.slims[: len(keep)]
         if prune_norm:
-            self.norm = nn.Identity()
+            self.norm = nn.Identity()  # type: ignore[assignment]
         if prune_head:
             self.reset_classifier(0)
         return taken
 
-    def load_state_dict(  # type: ignore[override]
+    def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """As ever; weights of the official code are taken under their names too."""

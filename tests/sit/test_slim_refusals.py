@@ -1,0 +1,111 @@
+"""What `slim` refuses, and the forwards of a slimmed model that it refuses."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from slim_hosts import DIM, SHAPE, hugging, images_of, slimmed, vit
+from tokenmodels.sit import slim
+from torch import nn
+
+
+def _two() -> nn.Module:
+    return nn.ModuleList([vit(), vit()])
+
+
+def _masked() -> Any:
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": DIM, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**shape, intermediate_size=64, image_size=32, patch_size=16)
+    return transformers.ViTForMaskedImageModeling(config)
+
+
+def _timm_model(name: str, **given: Any) -> Any:
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        return timm.create_model(name, **given)
+
+
+WRONG = {
+    "a name": (lambda: "vit", TypeError, "VisionTransformer.*got str"),
+    "no transformer": (lambda: nn.Linear(2, 2), TypeError, "got Linear"),
+    "Swin": (lambda: _timm_model("swin_tiny_patch4_window7_224"), TypeError, "position bias"),
+    "BEiT": (lambda: _timm_model("beit_base_patch16_224"), TypeError, "relative position bias"),
+    "EVA": (lambda: _timm_model("eva02_tiny_patch14_224"), TypeError, "rotary positions"),
+    "maps": (
+        lambda: _timm_model("vit_tiny_patch16_224", features_only=True),
+        TypeError,
+        "maps of features need every patch",
+    ),
+    "reconstruction": (_masked, TypeError, "reconstructed images need every patch"),
+    "two": (_two, ValueError, "one vision transformer, got 0, 1"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_models(name: str) -> None:
+    make, error, text = WRONG[name]
+    with pytest.raises(error, match=f"slim: model: .*{text}"):
+        slim(make())
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "text"),
+    [
+        ({"stages": (2, 3)}, ValueError, "stages: .*the 4 blocks, got \\(2, 3\\)"),
+        ({"stages": (4,)}, ValueError, "stages: allowed two or more"),
+        ({"stages": (4, 0)}, ValueError, "stages: allowed at least 1"),
+        ({"stages": (2, 2.0)}, TypeError, "stages: allowed an int"),
+        ({"stages": 4}, TypeError, "stages: allowed a tuple"),
+        ({"keep": 0.0}, ValueError, "keep: allowed above 0"),
+        ({"keep": 1.5}, ValueError, "keep: allowed above 0 up to 1"),
+        ({"keep": 0.2}, ValueError, "keep: allowed what leaves at least one token of 16"),
+        ({"keep": (8, 4)}, ValueError, "keep: allowed one number per slimming, 3"),
+        ({"keep": (8, 4, 0)}, ValueError, "keep: allowed at least 1"),
+        ({"keep": "half"}, TypeError, "keep: allowed a number"),
+        ({"image_size": 0}, ValueError, "image_size: allowed at least 1"),
+        ({"image_size": (32,)}, ValueError, "image_size: allowed one size or"),
+        ({"image_size": 4}, ValueError, "keep: .*at least one token of 0"),
+        ({"slot_std": 0}, ValueError, "slot_std: allowed above 0"),
+    ],
+    ids=str,
+)
+def test_wrong_values(given: dict[str, Any], error: type[Exception], text: str) -> None:
+    model = vit()
+    with pytest.raises(error, match=f"slim: {text}"):
+        slim(model, **given)
+    assert not hasattr(model, "slimming")
+    assert not any(part._forward_hooks for part in model.modules())
+
+
+def test_wrong_uses() -> None:
+    with pytest.raises(ValueError, match="stages: allowed blocks per stage, because 3 blocks"):
+        slim(vit(depth=3))
+    model = vit(dynamic_img_size=True)
+    slimming = slim(model, **SHAPE)
+    for one in (model, nn.Sequential(model)):
+        with pytest.raises(ValueError, match="slim: model: allowed one that is not slimmed"):
+            slim(one, **SHAPE)
+    with pytest.raises(TypeError, match="Slimming: call"):
+        slimming(images_of())
+    slimming.remove()
+    model.slimming = 3
+    with pytest.raises(ValueError, match="slim: model: allowed one without attribute slimming"):
+        slim(model, **SHAPE)
+
+
+def test_attention_masks() -> None:
+    model, _, _ = slimmed("class token")
+    with pytest.raises(ValueError, match="slim: attention mask: allowed none"):
+        model.forward_features(images_of(), attn_mask=torch.zeros(17, 17))
+    with pytest.raises(ValueError, match=r"slim: attention mask: allowed none.*causal"):
+        model.forward_features(images_of(), is_causal=True)
+    model = hugging("ViTModel")
+    slim(model, **SHAPE)
+    if "attention_mask" in inspect.signature(model.forward).parameters:
+        mask = torch.arange(17).expand(2, -1) < 9
+        with pytest.raises(ValueError, match="slim: attention mask: allowed none"):
+            model(images_of(), attention_mask=mask)
