@@ -95,11 +95,12 @@ class _ByHand(nn.Module):
         super().__init__()
         self.block, self.weights, self.prefix = block, weights, prefix
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x = self.block(*args, **kwargs)
-        assert isinstance(x, Tensor)
-        first, patches = x[:, : self.prefix], x[:, self.prefix :]
-        return torch.cat((first, slots_by_formula(self.weights, patches)), dim=1)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.block(*args, **kwargs)
+        x = output if isinstance(output, Tensor) else output[0]
+        slots = slots_by_formula(self.weights, x[:, self.prefix :])
+        x = torch.cat((x[:, : self.prefix], slots), dim=1)
+        return x if isinstance(output, Tensor) else (x, *output[1:])
 
 
 def by_hand(model: nn.Module, slimming: Slimming, prefix: int) -> nn.Module:
@@ -110,7 +111,7 @@ def by_hand(model: nn.Module, slimming: Slimming, prefix: int) -> nn.Module:
         for part in other.modules()
         if isinstance(part, nn.ModuleList | nn.Sequential)
         and len(part) == DEPTH
-        and "Block" in type(part[0]).__name__ + "Block" * type(part[0]).__name__.endswith("Layer")
+        and type(part[0]).__name__.endswith(("Block", "Layer"))
     )
     for index, weights in zip(SLOTS, slimming.slims, strict=True):
         blocks[index] = _ByHand(blocks[index], copy.deepcopy(weights), prefix)

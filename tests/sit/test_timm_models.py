@@ -148,7 +148,7 @@ def test_weights(native: None, tmp_path: Path) -> None:
     want = source(_images())
     parts = SiT(source.config, training_parts=True)
     parts.load_state_dict(source.state_dict(), strict=False)
-    save_file(source.state_dict(), tmp_path / "ours.safetensors")
+    save_file(parts.state_dict(), tmp_path / "ours.safetensors")
     torch.save({"model": parts.official_state_dict()}, tmp_path / "official.pth")
     for name in ("ours.safetensors", "official.pth"):
         file = str(tmp_path / name)

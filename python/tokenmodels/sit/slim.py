@@ -42,7 +42,8 @@ def slim(
     Args:
         model: a `VisionTransformer` of timm (ViT and DeiT, with a distillation token or registers,
             any pooling), or a ViT, DeiT, CLIP, SigLIP or DINOv2 vision model of transformers, or a
-            model that contains one of them. Slim before `torch.compile`.
+            model that contains one of them. Slim before `torch.compile` and before wrapping the
+            model (`DistributedDataParallel`; not `DataParallel`, whose copies share hooks).
         stages: blocks per stage, together all blocks. Patch tokens are slimmed behind the last
             block of every stage but the last. Four equal stages if not given.
         keep: the patch tokens that slimmings keep: a fraction of what was there before, counted
@@ -58,8 +59,9 @@ def slim(
 
     Raises:
         TypeError: a model without such a vision transformer; values of another type.
-        ValueError: a model that is slimmed already, has more than one vision transformer, or one
-            with relative position bias, rotary positions or windows; numbers that do not fit.
+        ValueError: a model that is slimmed or compiled already, has more than one vision
+            transformer, or one with relative position bias, rotary positions or windows; numbers
+            that do not fit.
 
     Example:
         >>> import timm
@@ -72,6 +74,8 @@ def slim(
     host = find("slim", model)
     if any(isinstance(part, Slimming) for part in model.modules()):
         raise ValueError(refusal("slim", "model", "one that is not slimmed", "a slimmed one"))
+    if any(map(_is_compiled, model.modules())):  # its graph would go on without the slimmings
+        raise ValueError(refusal("slim", "model", "one that is not compiled yet", "a compiled one"))
     if hasattr(host.model, NAME):
         raise ValueError(refusal("slim", "model", f"one without attribute {NAME}", "one with it"))
     size = _image_size(host, image_size)
@@ -220,6 +224,10 @@ class Slimming(nn.Module):
             for one, was in zip(self.slims, fused, strict=True):
                 one.fused = was
         return counter.get_total_flops() // 2
+
+
+def _is_compiled(part: Any) -> bool:
+    return type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None
 
 
 def _image_size(host: Host, given: int | tuple[int, int] | None) -> tuple[int, int]:

@@ -174,12 +174,16 @@ class TimmSiT(SiT):
 
 
 def renamed(weights: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Weights of the official code, less what only its training has, under our names; ours stay."""
-    ours = {official_name(name): name for name in model.state_dict()}
+    """Weights of the official code under our names, which stay; without what only training has
+    where the model has no such parts.
+    """
+    names = model.state_dict().keys()
+    ours = {official_name(name): name for name in names}
+    training = ("rtsm.", "aux_head.", "training_parts.")
     found = {
         ours.get(name, name): value
         for name, value in weights.items()
-        if name in ours or not name.startswith(("rtsm.", "aux_head."))
+        if name in ours or name in names or not name.startswith(training)
     }
     for name, value in found.items():
         if name.endswith(".logit_scale"):
