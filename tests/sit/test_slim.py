@@ -223,8 +223,8 @@ def test_compiled(native: None, name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 def test_exported(native: None, fused: bool) -> None:
-    model, slimming, _ = slimmed("class token")
-    slimming.set_fused(fused)
+    model = lively(vit(depth=2))
+    lively(slim(model, stages=(1, 1))).set_fused(fused)
     want, batch = model(images_of()), torch.export.Dim("batch")
     program = torch.export.export(model, (images_of(),), dynamic_shapes=({0: batch},))
     torch.testing.assert_close(program.module()(images_of()), want, atol=1e-6, rtol=1e-6)
