@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenmodels._frozen import convolution
+
 
 class Stem(nn.Module):
     """3x3 convolutions with batch norm, GELU between them.
@@ -32,9 +34,14 @@ class Stem(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, in_channels, height, width) → (B, C, h, w)."""
-        x = images
+        x, last = images, len(self.convs) - 1
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = norm(conv(x if i == 0 else F.gelu(x)))
+            assert isinstance(conv, nn.Conv2d)
+            if isinstance(norm, nn.Identity):
+                x = convolution(x, conv, gelu=i < last)
+            else:
+                x = norm(conv(x))
+                x = F.gelu(x) if i < last else x
         return x
 
     @torch.no_grad()

@@ -1,0 +1,95 @@
+"""Linear layers and convolutions of frozen weights: on a CPU by oneDNN, with the GELU behind them.
+
+Torch gives float32 products to MKL, which uses half of what some processors can do; oneDNN makes
+its kernels for the one it finds. It takes the GELU along while a result is still in registers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _known_dtypes() -> tuple[torch.dtype, ...]:
+    """Those in which oneDNN computes on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return ()
+    bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if bfloat16 else (torch.float32,)
+
+
+DTYPES = _known_dtypes()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
+    """x·weightᵀ + bias, then the exact (erf) GELU if wanted: (…, C) → (…, D).
+
+    By torch's own operators wherever a gradient is needed, on other devices, in other dtypes, under
+    autocast and in an exported graph.
+    """
+    if not _by_onednn(x, weight):
+        out = F.linear(x, weight, bias)
+        return F.gelu(out) if gelu else out
+    run = torch.ops.tokenmodels.linear if _recorded() else _linear
+    return run(x, weight, bias, gelu)
+
+
+def convolution(x: Tensor, layer: nn.Conv2d, *, gelu: bool = False) -> Tensor:
+    """What a layer of plain zero padding gives, then the GELU if wanted; as `linear`."""
+    if not _by_onednn(x, layer.weight):
+        out = layer(x)
+        return F.gelu(out) if gelu else out
+    run = torch.ops.tokenmodels.convolution if _recorded() else _convolution
+    return run(x, layer.weight, layer.bias, layer.padding, layer.stride, gelu)
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype in DTYPES
+        and not weight.requires_grad
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_exporting()
+    )
+
+
+def _recorded() -> bool:
+    """Whether a graph is made of this call: one of an operator of our own, because the compiler
+    takes oneDNN's for weights that it has packed itself alone, and the tracer not at all.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *_behind(gelu))
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: list[int],
+    stride: list[int],
+    gelu: bool,
+) -> Tensor:
+    out = torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, padding, stride, [1, 1], 1, *_behind(gelu)
+    )
+    return out.contiguous(memory_format=torch.channels_last)  # of one channel it might not be
+
+
+def _behind(gelu: bool) -> tuple[str, list[float], str]:
+    return ("gelu", [], "none") if gelu else ("none", [], "")
+
+
+_LIBRARY = torch.library.Library("tokenmodels", "DEF")
+_LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, bool gelu) -> Tensor")
+_LIBRARY.define(
+    "convolution(Tensor x, Tensor weight, Tensor? bias, int[] padding, int[] stride, bool gelu)"
+    " -> Tensor"
+)
+for _name, _function in (("linear", _linear), ("convolution", _convolution)):
+    _LIBRARY.impl(_name, _function, "CPU")
+    torch.library.register_fake(f"tokenmodels::{_name}", _function, lib=_LIBRARY)

@@ -1,0 +1,80 @@
+"""Frozen linear layers and convolutions give what torch's own give, however they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenmodels import _frozen
+from torch import Tensor, nn
+
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+"""Of the largest result: a sum of 72 products, rounded once or, with a GELU, twice."""
+
+
+class Both(nn.Module):
+    """A convolution, then a linear layer of its pixels, with a GELU behind each or without."""
+
+    def __init__(self, channels: int, gelu: bool, bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gelu = gelu
+        self.conv = nn.Conv2d(channels, 8, 3, stride=2, padding=1, bias=bias)
+        self.fc = nn.Linear(8, 24, bias=bias)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _frozen.convolution(x, self.conv, gelu=self.gelu).flatten(2).transpose(1, 2)
+        return _frozen.linear(y, self.fc.weight, self.fc.bias, gelu=self.gelu)
+
+    def exact(self, x: Tensor) -> Tensor:
+        behind: Callable[[Tensor], Tensor] = F.gelu if self.gelu else nn.Identity()
+        y = behind(self.conv.double()(x.double())).flatten(2).transpose(1, 2)
+        return behind(self.fc.double()(y))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+def test_frozen_layers(channels: int, gelu: bool, bias: bool, dtype: torch.dtype) -> None:
+    both = Both(channels, gelu, bias).requires_grad_(False).to(dtype)
+    for batch in (0, 1, 5):
+        x = torch.randn(batch, channels, 9, 14).to(dtype)
+        got = both(x)
+        want = Both(channels, gelu, bias).to(dtype).exact(x)
+        assert got.dtype == dtype and got.shape == want.shape and got.is_contiguous()
+        if batch:
+            assert (got - want).abs().max() <= BOUND[dtype] * want.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("channels", [1, 3])
+def test_recorded_calls(channels: int) -> None:
+    """Compiled in one graph, and traced: bit for bit; exported: of torch's own operators."""
+    both, x = Both(channels, True).requires_grad_(False), torch.randn(2, channels, 9, 14)
+    want = both(x)
+    assert torch.equal(torch.compile(both, fullgraph=True, backend="aot_eager")(x), want)
+    assert torch.equal(torch.jit.trace(both, x)(x), want)
+    program = torch.export.export(both, (x,))
+    names = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+    assert names and all(name.startswith("aten.") for name in names)
+    torch.testing.assert_close(program.module()(x), want)
+
+
+def test_a_gradient_is_never_lost() -> None:
+    frozen, x = Both(3, True).requires_grad_(False), torch.randn(2, 3, 9, 14)
+    assert not frozen(x).requires_grad
+    frozen(x.requires_grad_()).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+    learning = Both(3, True)
+    learning(x).sum().backward()
+    assert all(p.grad is not None for p in learning.parameters())
+
+
+def test_autocast_decides_the_dtype() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Both(3, True).requires_grad_(False)(torch.randn(2, 3, 9, 14)).dtype == torch.bfloat16
