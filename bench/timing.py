@@ -22,7 +22,10 @@ SLOW = 3.0
 
 
 def alternate(
-    calls: dict[Name, Call], seconds: float, rounds: tuple[int, int] = (5, 40)
+    calls: dict[Name, Call],
+    seconds: float,
+    rounds: tuple[int, int] = (5, 40),
+    slow: float = SLOW,
 ) -> dict[Name, list[float]]:
     """Seconds per call, some samples of each: in every round each function takes one turn, in
     random order.
@@ -31,13 +34,13 @@ def alternate(
     turn of a call shorter than `TURN` starts with one call that is not timed, since the others have
     emptied the caches. Ends at the upper number of rounds, or after the lower one once `seconds`
     have passed; one that has had its share by then sits out the rounds behind, and so does one that
-    is `SLOW` times slower than the fastest after two.
+    is `slow` times slower than the fastest after two.
     """
     draw = random.Random(0)
     expected = {name: _timed(call, 1) for name, call in calls.items()}
     samples: dict[Name, list[float]] = {name: [] for name in calls}
     share = seconds / max(len(calls), 1)
-    slow = SLOW * min(expected.values(), default=0.0)
+    too_slow = slow * min(expected.values(), default=0.0)
     gc.collect()
     gc.disable()
     try:
@@ -46,7 +49,7 @@ def alternate(
             if done >= rounds[0] and time.perf_counter() - start > seconds:
                 break
             for name in draw.sample(list(calls), len(calls)):
-                least = 2 if expected[name] > slow else rounds[0]
+                least = 2 if expected[name] > too_slow else rounds[0]
                 if done >= least and sum(samples[name]) > share:
                     continue
                 repeats = max(1, int(TURN / expected[name]))

@@ -1,4 +1,6 @@
-"""SiT on a GPU: dense and slimmed, official formulation and ours, by CUDA-graph replay."""
+"""SiT on a GPU: dense and slimmed, official formulation and ours; call by call, as one CUDA graph,
+and as the graph of what torch.compile makes of it.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +12,69 @@ import torch
 from tokenmodels.sit import VARIANTS
 
 from bench import bench_models
+from bench.bench_models import FORMS
 from bench.gpu import timing
 
-BATCHES = (1, 8, 32, 128, 512)
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""Of the largest logit; in bfloat16 both round after every layer."""
+BATCHES = (128, 1, 8, 32)
+DTYPES = ("bfloat16", "float32", "float16")
+TOLERANCE = 1e-3
+"""Of the largest logit in float32, whose convolutions may round to TF32."""
 
 
 def cells(dry: bool) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
-    """(name, what measures it) for every variant × batch size, in bfloat16."""
-    for batch in BATCHES[:1] if dry else BATCHES:
-        for name in bench_models.NAMES[: 1 if dry else None]:
-            yield f"{name} batch {batch}", partial(_measure, name, batch)
+    """(name, what measures it) for dtype × kind × batch size × variant, the most telling first."""
+    if dry:
+        yield (
+            "sit_tiny batch 1 float32 eager",
+            partial(_measure, "sit_tiny", 1, "float32", "eager"),
+        )
+        return
+    for dtype in DTYPES:
+        for kind in bench_models.KINDS:
+            for batch in BATCHES:
+                for name in VARIANTS:
+                    cell = f"{name} batch {batch} {dtype} {kind}"
+                    yield cell, partial(_measure, name, batch, dtype, kind)
 
 
-def _measure(name: str, batch: int) -> list[dict[str, Any]]:
+def _measure(name: str, batch: int, dtype: str, kind: str) -> list[dict[str, Any]]:
+    torch.compiler.reset()  # it compiles the same function for so many models only
     device = "cuda" if timing.has_gpu() else "cpu"
-    dtype = torch.bfloat16 if timing.has_gpu() else torch.float32
-    forms = bench_models.forms_of(VARIANTS[name], device, dtype)
-    images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    images = images.to(device, dtype)
-    with torch.inference_mode():
-        calls = {key: partial(form, images) for key, (_, form) in forms.items()}
-        for slim in (False, True):
-            want, got = calls["official", slim](), calls["ours", slim]()
-            error = ((got - want).abs().max() / want.abs().max()).item()
-            assert error <= TOLERANCE[dtype], f"{name}: logits are off by {error:.2g}"
+    number, size = bench_models.DTYPES[dtype], VARIANTS[name].image_size
+    assert isinstance(size, int)
+    forms = bench_models.forms_of(VARIANTS[name], device, number)
+    exact, what = _images(batch, size)
+    exact = exact.to(device)
+    images = exact.to(number)
+    with torch.inference_mode(), bench_models.casts_kept():
+        calls: dict[tuple[str, str, bool], Callable[[], Any]] = {}
+        for form in FORMS:
+            for slim in (False, True):
+                function = forms[form, slim][1]
+                if kind == "compiled":
+                    function = torch.compile(function, fullgraph=True, dynamic=False)
+                function(images)
+                calls[form, kind, slim] = partial(function, images)
+        errors = bench_models.check(forms, calls, exact, number, TOLERANCE)
         took = timing.in_turns({key: [call] for key, call in calls.items()}, 3.0)
-    times = {key: found.ms / 1e3 for key, found in took.items()}
-    return list(bench_models.records(name, forms, times, batch))
+    rows = []
+    kinds = {f"{kind}, one graph": lambda found: found.ms}
+    if kind == "eager":
+        kinds["eager"] = lambda found: found.eager_ms
+    for shown, milliseconds in kinds.items():
+        times = {(f, shown, slim): milliseconds(took[f, kind, slim]) / 1e3 for f, _, slim in took}
+        for key, row in zip(times, bench_models.records(name, dtype, batch, times), strict=True):
+            found = took[key[0], kind, key[2]]
+            row |= {"how": found.how if shown != "eager" else "call by call"}
+            row |= {"launches": found.launches, "error": f"{errors[key[0], kind, key[2]]:.1e}"}
+            rows.append(row | {"images": what})
+    return rows
+
+
+def _images(batch: int, size: int) -> tuple[torch.Tensor, str]:
+    """Photographs where scikit-learn is, which has some; they cost what noise costs."""
+    try:
+        return bench_models.photographs(batch, size), "photographs"
+    except ImportError:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(batch, 3, size, size, generator=generator), "noise"

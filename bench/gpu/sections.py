@@ -22,6 +22,8 @@ HUNG = 75.0
 """Seconds after which a cell is taken for hung, and the process ends: it may compile ten kernels,
 or peers.
 """
+HUNG_MODEL = 240.0
+"""The same where whole networks are compiled."""
 
 
 class Job:
@@ -39,12 +41,14 @@ class Job:
     def wants(self, cell: str) -> bool:
         return all(word in cell for word in self.words)
 
-    def attempt(self, cell: str, state: str, run: Callable[[], dict[str, Any]]) -> None:
+    def attempt(
+        self, cell: str, state: str, run: Callable[[], dict[str, Any]], hung: float = HUNG
+    ) -> None:
         """One cell, whatever becomes of it. Its line stands before it is tried, so that a process
         that dies of it or hangs is not led there again.
         """
         self.store.add(cell, state, error=store.BEGUN)
-        faulthandler.dump_traceback_later(HUNG, exit=True)
+        faulthandler.dump_traceback_later(hung, exit=True)
         try:
             content = run()
         except Exception as error:  # the next cell may do better
@@ -161,14 +165,14 @@ def models(job: Job) -> None:
     """SiT dense and slimmed on this device, as its authors formulated it and as we run it."""
     from bench.gpu import models as slimmed
 
-    read = ("python/tokenmodels/sit/*.py", "python/tokenmodels/_blocks.py")
+    read = ("python/tokenmodels/sit/*.py", "python/tokenmodels/_blocks.py", "bench/official_sit.py")
     state = store.digest([*read, "tokenkernels/triton/*.py"])
     for name, run in slimmed.cells(job.dry):
         if not job.wants(name) or job.store.has(name, state):
             continue
         if job.left() < 3:
             return
-        job.attempt(name, state, partial(_recorded, run))
+        job.attempt(name, state, partial(_recorded, run), HUNG_MODEL)
 
 
 def _recorded(run: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:

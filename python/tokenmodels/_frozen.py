@@ -41,7 +41,8 @@ def convolution(x: Tensor, layer: nn.Conv2d, *, gelu: bool = False) -> Tensor:
         out = layer(x)
         return F.gelu(out) if gelu else out
     run = torch.ops.tokenmodels.convolution if _recorded() else _convolution
-    return run(x, layer.weight, layer.bias, layer.padding, layer.stride, gelu)
+    padding, stride = [int(n) for n in layer.padding], list(layer.stride)
+    return run(x, layer.weight, layer.bias, padding, stride, gelu)
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -59,7 +60,8 @@ def _recorded() -> bool:
     """Whether a graph is made of this call: one of an operator of our own, because the compiler
     takes oneDNN's for weights that it has packed itself alone, and the tracer not at all.
     """
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return torch.compiler.is_compiling() or tracing
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
