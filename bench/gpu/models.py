@@ -14,6 +14,7 @@ from tokenmodels.sit import VARIANTS
 from bench import bench_models
 from bench.bench_models import FORMS
 from bench.gpu import timing
+from bench.photographs import photographs
 
 BATCHES = (128, 1, 8, 32)
 DTYPES = ("bfloat16", "float32", "float16")
@@ -74,7 +75,7 @@ def _measure(name: str, batch: int, dtype: str, kind: str) -> list[dict[str, Any
 def _images(batch: int, size: int) -> tuple[torch.Tensor, str]:
     """Photographs where scikit-learn is, which has some; they cost what noise costs."""
     try:
-        return bench_models.photographs(batch, size), "photographs"
+        return photographs(batch, size), "photographs"
     except ImportError:
         generator = torch.Generator().manual_seed(0)
         return torch.randn(batch, 3, size, size, generator=generator), "noise"
