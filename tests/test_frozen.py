@@ -27,7 +27,7 @@ class Both(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = _frozen.convolution(x, self.conv, gelu=self.gelu).flatten(2).transpose(1, 2)
-        return _frozen.linear(y, self.fc.weight, self.fc.bias, gelu=self.gelu)
+        return _frozen.linear(y, self.fc, gelu=self.gelu)
 
     def exact(self, x: Tensor) -> Tensor:
         behind: Callable[[Tensor], Tensor] = F.gelu if self.gelu else nn.Identity()
@@ -73,6 +73,19 @@ def test_a_gradient_is_never_lost() -> None:
     learning = Both(3, True)
     learning(x).sum().backward()
     assert all(p.grad is not None for p in learning.parameters())
+
+
+@torch.inference_mode()
+def test_a_layer_that_was_changed_is_called() -> None:
+    """One with a hook, and one that a quantised layer took the place of."""
+    both, x = Both(3, True).requires_grad_(False), torch.randn(2, 3, 9, 14)
+    want, seen = both(x), []
+    both.fc.register_forward_hook(lambda *call: seen.append(call[0]))
+    both.conv.register_forward_pre_hook(lambda *call: seen.append(call[0]))
+    torch.testing.assert_close(both(x), want)
+    assert seen == [both.conv, both.fc]
+    both.fc = type("Other", (nn.Linear,), {"forward": lambda self, x: 0 * x})(8, 24)
+    assert not both.requires_grad_(False)(x).any()
 
 
 def test_autocast_decides_the_dtype() -> None:

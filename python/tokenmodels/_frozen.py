@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 def _known_dtypes() -> tuple[torch.dtype, ...]:
     """Those in which oneDNN computes on this processor."""
-    if not torch.backends.mkldnn.is_available():
+    if not (
+        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
         return ()
     bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return (torch.float32, torch.bfloat16) if bfloat16 else (torch.float32,)
@@ -22,34 +24,37 @@ def _known_dtypes() -> tuple[torch.dtype, ...]:
 DTYPES = _known_dtypes()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
-    """x·weightᵀ + bias, then the exact (erf) GELU if wanted: (…, C) → (…, D).
+def linear(x: Tensor, layer: nn.Linear, *, gelu: bool = False) -> Tensor:
+    """What a layer gives, then the exact (erf) GELU if wanted: (…, C) → (…, D).
 
-    By torch's own operators wherever a gradient is needed, on other devices, in other dtypes, under
-    autocast and in an exported graph.
+    The layer itself is called, and torch's GELU, wherever a gradient is needed, on other devices,
+    in other dtypes, under autocast, in an exported graph, and where it has hooks or is a layer of
+    another kind that took the place of this one.
     """
-    if not _by_onednn(x, weight):
-        out = F.linear(x, weight, bias)
-        return F.gelu(out) if gelu else out
+    if not _by_onednn(x, layer, nn.Linear):
+        return F.gelu(layer(x)) if gelu else layer(x)
     run = torch.ops.tokenmodels.linear if _recorded() else _linear
-    return run(x, weight, bias, gelu)
+    return run(x, layer.weight, layer.bias, gelu)
 
 
 def convolution(x: Tensor, layer: nn.Conv2d, *, gelu: bool = False) -> Tensor:
-    """What a layer of plain zero padding gives, then the GELU if wanted; as `linear`."""
-    if not _by_onednn(x, layer.weight):
-        out = layer(x)
-        return F.gelu(out) if gelu else out
+    """What a layer without dilation, groups or padding but zeros gives, then the GELU if wanted; as
+    `linear`.
+    """
+    if not _by_onednn(x, layer, nn.Conv2d):
+        return F.gelu(layer(x)) if gelu else layer(x)
     run = torch.ops.tokenmodels.convolution if _recorded() else _convolution
     padding, stride = [int(n) for n in layer.padding], list(layer.stride)
     return run(x, layer.weight, layer.bias, padding, stride, gelu)
 
 
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+def _by_onednn(x: Tensor, layer: nn.Linear | nn.Conv2d, kind: type[nn.Module]) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype in DTYPES
-        and not weight.requires_grad
+        and type(layer) is kind
+        and not layer.weight.requires_grad
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
         and not (x.requires_grad and torch.is_grad_enabled())
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()

@@ -36,9 +36,8 @@ class Stem(nn.Module):
         """(B, in_channels, height, width) → (B, C, h, w)."""
         x, last = images, len(self.convs) - 1
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            assert isinstance(conv, nn.Conv2d)
             if isinstance(norm, nn.Identity):
-                x = convolution(x, conv, gelu=i < last)
+                x = convolution(x, conv, gelu=i < last)  # type: ignore[arg-type]
             else:
                 x = norm(conv(x))
                 x = F.gelu(x) if i < last else x
