@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from bench import roofline
 from bench.contenders import Cell, Kwargs, contenders, judge, names, prepared, truth
 from bench.settings import give_back_memory, keep_freed_memory
 from bench.timing import Others, alternate, extra_memory
+from bench.work import Work
 from tokenkernels._op import OPS, tensors_in
 
 tokenkernels.ops.load()
@@ -105,9 +105,12 @@ def measure(
         fill_in_memory(rows, calls, tensors_in(kwargs))
     if samples and (moved or flops):
         memory = sum(statistics.median(samples[name]) for name in copies)
-        product = min((t for name in products for t in samples[name]), default=math.inf)
-        arithmetic = roofline.arithmetic(roof, flops, rows[0].dtype, product)
-        fill_in_costs(rows, moved, flops, memory, arithmetic)
+        if products:
+            product = min(t for name in products for t in samples[name])
+            roof = roofline.raised(roof, rows[0].dtype, product)
+        work = Work(flops=flops, dtype=rows[0].dtype, launches=1)
+        limit = roofline.limit(roof, work, cache="warm", memory=memory)
+        fill_in_costs(rows, moved, flops, limit)
     return rows
 
 
@@ -176,18 +179,13 @@ def fastest_rival(rows: list[Row]) -> Row | None:
     return None
 
 
-def fill_in_costs(
-    rows: list[Row], moved: float, flops: float, memory: float, arithmetic: float
-) -> None:
-    """Shares of the roof: the seconds that memory or arithmetic needs at least, whichever is more,
-    over those taken.
-    """
+def fill_in_costs(rows: list[Row], moved: float, flops: float, limit: roofline.Limit) -> None:
+    """Shares of the roof: the seconds that are needed at least, over those taken."""
     for row in rows:
-        row.bytes, row.flops = moved, flops
-        row.bound = "memory" if memory >= arithmetic else "arithmetic"
+        row.bytes, row.flops, row.bound = moved, flops, limit.bound
         if row.ms:
             row.gb_per_s = moved / row.ms / 1e6
-            row.roof_percent = 100 * max(memory, arithmetic) / (row.ms / 1e3)
+            row.roof_percent = 100 * limit.seconds / (row.ms / 1e3)
 
 
 def run(todo: list[Cell], roof: dict[str, Any], seconds: float) -> Iterator[tuple[Cell, list[Row]]]:

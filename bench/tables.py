@@ -50,20 +50,37 @@ def machine(result: Result) -> Table:
     )
 
 
-def roofs(result: Result) -> Table:
-    """Bandwidths by the bytes moved, rates of arithmetic by dtype."""
-    roof = result["roof"]
+def roofs(roof: dict[str, Any]) -> Table:
+    """Bandwidths by the bytes moved, rates of arithmetic by dtype, what a launch costs; of a CPU or
+    a GPU.
+    """
+    threads = f", {roof['threads']} threads" if "threads" in roof else ""
     rows = [
-        [f"{kind}, {int(size) // 2**20} MiB moved", number(rate / 1e9, unit=" GB/s")]
-        for kind in ("copy", "read")
-        for size, rate in roof[kind].items()
+        [f"{kind}, {cache}, {int(size) // 2**20} MiB moved", number(rate / 1e9, unit=" GB/s")]
+        for cache in ("cold", "warm")
+        for kind, rates in roof.get(cache, {}).items()
+        for size, rate in rates.items()
     ]
-    for kind, where in (("gemm", f"{roof['threads']} threads"), ("gemm_one_thread", "1 thread")):
+    for key, where in (("gemm", threads), ("gemm_one_thread", ", 1 thread")):
         rows += [
-            [f"matrix product, {dtype}, {where}", number(rate / 1e9, unit=" GFLOP/s")]
-            for dtype, rate in roof[kind].items()
+            [f"matrix product, {dtype}{where}", _many(rate, "FLOP/s")]
+            for dtype, rate in roof.get(key, {}).items()
         ]
+    for key, what, unit in (
+        ("fma", "multiply-adds, float32", "FLOP/s"),
+        ("exp", "exponentials", "/s"),
+    ):
+        if key in roof:
+            rows.append([what, _many(roof[key], unit)])
+    for key, what in (("launch_us", "a launch"), ("eager_launch_us", "a launch by itself")):
+        if key in roof:
+            rows.append([what, number(roof[key], unit=" µs")])
     return Table("Measured roofs", ["what", "rate"], rows)
+
+
+def _many(value: float, unit: str) -> str:
+    size, letter = (1e12, "T") if value >= 1e13 else (1e9, "G")
+    return number(value / size, unit=f" {letter}{unit}")
 
 
 def by_cell(rows: Iterable[Row]) -> dict[tuple[str, str, str, bool], list[Row]]:

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from bench.bench_ops import cells
 from bench.contenders import Cell, contenders, judge, prepared, truth
-from bench.gpu import roofs, timing
+from bench.gpu import timing
+from bench.roofline import Roof, limit
+from bench.work import Work, of_call
 
 
 @dataclass
 class Row:
-    """What one contender did."""
+    """What one contender did: by inputs that rotate, so that the cache holds none, and by the same
+    one again, where that is another thing.
+    """
 
     contender: str
     role: str
     failed: str = ""
     left_out: str = ""
     ms: float | None = None
+    warm_ms: float | None = None
     how: str = ""
     eager_ms: float | None = None
     launches: int | None = None
     extra_bytes: int | None = None
     bytes: float | None = None
     flops: float | None = None
+    bound: str = ""
     limit_ms: float | None = None
+    warm_limit_ms: float | None = None
     roof_percent: float | None = None
+    warm_roof_percent: float | None = None
     times_fastest_peer: float | None = None
 
 
@@ -47,7 +55,7 @@ def ordered(dry: bool) -> list[Cell]:
     return sorted(found, key=lambda c: (place[id(c)], c.gradient, c.dtype != torch.bfloat16))
 
 
-def measure(cell: Cell, roof: dict[str, Any], seconds: float, compiled: bool) -> list[Row]:
+def measure(cell: Cell, roof: Roof, seconds: float, compiled: bool) -> list[Row]:
     """The rows of one cell: ours and the eager peers, or ours and the compiled ones."""
     torch._dynamo.reset()
     gc.collect()
@@ -55,7 +63,8 @@ def measure(cell: Cell, roof: dict[str, Any], seconds: float, compiled: bool) ->
         kwargs = cell.kwargs()
         known = truth(cell, kwargs)
         written = sum(t.nbytes for t in known.low)
-        rows, calls = [], {}
+        rows: list[Row] = []
+        calls: dict[tuple[str, str], list[timing.Call]] = {}
         for contender in contenders(cell):
             if contender.role == "peer" and contender.compiled != compiled:
                 continue
@@ -67,45 +76,44 @@ def measure(cell: Cell, roof: dict[str, Any], seconds: float, compiled: bool) ->
             row.failed, row.left_out = verdict.failed, verdict.left_out
             if not (row.failed or row.left_out):
                 copies = timing.rotated(kwargs)
-                calls[row.contender] = [prepared(cell, k, contender.function) for k in copies]
+                cold = [prepared(cell, k, contender.function) for k in copies]
+                calls[row.contender, "cold"] = cold
+                if row.role == "ours" and len(cold) > 1:
+                    calls[row.contender, "warm"] = cold[:1]
         del known
-        moved, flops = (0.0, 0.0) if cell.gradient else cell.op.cost(kwargs)
-        failed: dict[str, str] = {}
+        failed: dict[tuple[str, str], str] = {}
         took = timing.in_turns(calls, seconds, failed)
-    limit = _limit(roof, moved, written, flops, str(cell.dtype).removeprefix("torch."))
+        cost = None if cell.gradient else cell.op.cost(kwargs)
     for row in rows:
-        row.failed = row.failed or failed.get(row.contender, "")
-    fill_in(rows, took, moved, flops, limit)
+        row.failed = row.failed or failed.get((row.contender, "cold"), "")
+    fill_in(rows, took)
+    if cost and roof:
+        dtype = str(cell.dtype).removeprefix("torch.")
+        fill_in_limits(rows, replace(of_call(cell.op, kwargs, cost, dtype), written=written), roof)
     return rows
 
 
-def _limit(roof: dict[str, Any], moved: float, written: float, flops: float, dtype: str) -> float:
-    """Milliseconds that bytes or arithmetic need at least, by what was measured on this GPU; 0
-    where nothing was. Arithmetic in float32 counts at the fastest of what kernels do: FMA, or on
-    tensor cores three products of its 16-bit parts for one.
-    """
-    if not roof:
-        return 0.0
-    copied = min(moved, 2 * min(written, moved))
-    memory = roofs.seconds_at(roof, "copy", copied) if copied else 0.0
-    memory += roofs.seconds_at(roof, "read", moved - copied) if moved > copied else 0.0
-    rates = roof["gemm"]
-    wide = max(rates["float32"], rates["bfloat16"] / 3)
-    rate = wide if dtype == "float32" else rates.get(dtype, wide)
-    return 1e3 * max(memory, flops / rate)
-
-
-def fill_in(
-    rows: list[Row], took: dict[str, Any], moved: float, flops: float, limit: float
-) -> None:
+def fill_in(rows: list[Row], took: dict[tuple[str, str], timing.Timed]) -> None:
+    """Times, and how many times faster than the fastest peer each is."""
     for row in rows:
-        if found := took.get(row.contender):
+        if found := took.get((row.contender, "cold")):
             row.ms, row.how, row.eager_ms = found.ms, found.how, found.eager_ms
             row.launches, row.extra_bytes = found.launches, found.extra_bytes
-            if limit:
-                row.bytes, row.flops, row.limit_ms = moved, flops, limit
-                row.roof_percent = 100 * limit / found.ms
+        if again := took.get((row.contender, "warm")):
+            row.warm_ms = again.ms
     peers = [row.ms for row in rows if row.role == "peer" and row.ms]
     for row in rows:
         if row.ms and peers:
             row.times_fastest_peer = min(peers) / row.ms
+
+
+def fill_in_limits(rows: list[Row], needs: Work, roof: Roof) -> None:
+    """By what was measured on this GPU, for inputs that are cold and that are warm, and the share
+    of either limit that the time with such inputs reaches.
+    """
+    cold, warm = (limit(roof, needs, cache=cache) for cache in ("cold", "warm"))
+    for row in rows:
+        row.bytes, row.flops, row.bound = needs.moved, needs.flops, cold.bound
+        row.limit_ms, row.warm_limit_ms = 1e3 * cold.seconds, 1e3 * warm.seconds
+        row.roof_percent = 100 * row.limit_ms / row.ms if row.ms else None
+        row.warm_roof_percent = 100 * row.warm_limit_ms / row.warm_ms if row.warm_ms else None

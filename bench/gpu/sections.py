@@ -71,7 +71,7 @@ def machine(job: Job) -> None:
 
 
 def _measure_roofs(job: Job, seconds: float) -> None:
-    state = store.digest(["bench/gpu/roofs.py", "bench/gpu/timing.py"])
+    state = store.digest([f"bench/gpu/{name}.py" for name in ("roofs", "rates", "timing")])
     if not job.store.has("roofs", state):
         job.attempt("roofs", state, lambda: {"roof": roofs.measure(seconds)})
 
