@@ -1,5 +1,5 @@
-"""Writes into NOTES.md what nvcc made of the CUDA kernels, by the table that tests compare with,
-and what an H200 should take for a call; `python -m bench.cuda_kernels`, without a GPU or nvcc.
+"""Writes into NOTES.md what nvcc made of the CUDA kernels, by the table that tests compare with;
+knows how they are launched. `python -m bench.cuda_kernels`, without a GPU or nvcc.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from bench import kernels, report
-from bench.kernels import BYTES_PER_SECOND, LAUNCH_US, PAGE, RATES, Call, together, touched
+from bench import report
+from bench.kernels import PAGE, together
 from bench.tables import Table, number
-from tokenkernels import ops
-from tokenkernels._op import tensors_in
 
 import cuda_resources as resources  # isort: skip  (bench.kernels has put tests/ into the path)
 
@@ -141,12 +139,32 @@ TENSOR_CORES: dict[str, tuple[int, int]] = {
 are six) and of 16.
 """
 
+MULTIPLIES = {
+    "aggregate_logits": "aggregate_logits_kernel",
+    "aggregate_soft": "aggregate_soft_kernel",
+    "assign_nearest": "search_kernel",
+    "assign_residual": "chain_kernel",
+    "score_attention": "score_kernel<.*0>",
+    "slim_tokens": "weigh_kernel",
+}
+"""Which kernel of such an op that is."""
 
-EXPONENTIALS, COMPARES = 3.7e12, 29.7e12
-"""Per second of an H200."""
 
-WARP_PRODUCTS = 0.6
-"""Of the tensor cores' rate, what single warps reach on a Hopper."""
+def blocks_together(op: str, dtype: str) -> int:
+    """Of the kernel that multiplies, as many as a multiprocessor holds at least."""
+    _, uses = resources.table()
+    kind = {"float32": "float", "bfloat16": "BFloat16", "float16": "Half"}[dtype]
+    held = {
+        kernel: together(built(kernel, use))
+        for (kernel, arch), use in uses.items()
+        if arch == ARCH and re.match(f"{op}: {MULTIPLIES[op]}", kernel)
+    }
+    return min({k: n for k, n in held.items() if kind in k}.values() or held.values())
+
+
+def built(kernel: str, use: resources.Use) -> dict[str, int]:
+    how = launched(kernel)
+    return {"registers": use.registers, "warps": how.threads // 32, "shared": how.shared}
 
 
 def launched(kernel: str) -> Launched:
@@ -164,8 +182,7 @@ def kernels_table(uses: resources.Uses) -> Table:
         if arch != ARCH:
             continue
         how = launched(kernel)
-        built = {"registers": use.registers, "warps": how.threads // 32, "shared": how.shared}
-        blocks = together(built)
+        blocks = together(built(kernel, use))
         table.rows.append(
             [
                 kernel,
@@ -180,100 +197,10 @@ def kernels_table(uses: resources.Uses) -> Table:
     return table
 
 
-def exponentials(op: str, kwargs: dict[str, Any]) -> int:
-    """Those that the forward call of an op takes at least; an error function counts as one."""
-    if op == "score_attention":
-        images, heads, rows, _ = kwargs["query"].shape
-        passes = 1 + (kwargs.get("lse") is None)
-        return images * heads * rows * kwargs["key"].shape[2] * passes
-    if op == "aggregate_logits":
-        return kwargs["logits"].numel()
-    if op == "aggregate_soft":
-        return kwargs["key"].shape[0] * kwargs["key"].shape[1] * kwargs["query"].shape[-2]
-    if op == "slim_tokens":
-        images, tokens, _ = kwargs["x"].shape
-        return images * tokens * sum(kwargs["w2"].shape)
-    return 0
-
-
-def compares(op: str, kwargs: dict[str, Any]) -> int:
-    """One for each score of a code."""
-    if op == "assign_nearest":
-        book = kwargs["codebook"]
-        return kwargs["x"].numel() // book.shape[-1] * book.shape[-2]
-    if op == "assign_residual":
-        books = kwargs["codebooks"]
-        return kwargs["x"].numel() // books.shape[-1] * books.shape[0] * books.shape[1]
-    return 0
-
-
-class Prediction(NamedTuple):
-    """Of one call: what it moves and does, and microseconds with and without what kernels lose."""
-
-    moved: float
-    flops: float
-    exponentials: int
-    compares: int
-    limit: str
-    limit_us: float
-    us: float
-
-
-def predicted(call: Call, launches: int) -> Prediction:
-    moved, flops = call.cost or (sum(touched(launch) for launch, _ in call.launches), 0)
-    name, start = call.op.name, LAUNCH_US * launches
-    kind, times, share = "float32", 1, 1.0
-    if name in TENSOR_CORES:
-        narrow = any(t.element_size() == 2 for t in tensors_in(call.kwargs))
-        kind, times, share = "16 bits", TENSOR_CORES[name][narrow], WARP_PRODUCTS
-    counts = (0, 0)
-    if not call.gradient:
-        counts = exponentials(name, call.kwargs), compares(name, call.kwargs)
-    products = 1e6 * times * (flops or 0) / RATES[kind]
-    others = [
-        (1e6 * moved / BYTES_PER_SECOND, "memory"),
-        (1e6 * counts[0] / EXPONENTIALS, "exponentials"),
-        (1e6 * counts[1] / COMPARES, "compares"),
-    ]
-    limit_us, limit = max([(products, f"products, {kind}"), *others])
-    us = start + max(products / share, *(time for time, _ in others))
-    if limit_us < start:
-        limit = "launches"
-    return Prediction(moved, flops or 0, *counts, limit, limit_us, us)
-
-
-def calls_table(calls: list[Call], measured: dict[str, float]) -> Table:
-    columns = ["call", "launches", "MB", "GFLOP", "M exp", "M compares"]
-    table = Table("Calls", [*columns, "limit", "limit µs", "predicted µs", "measured µs"], [])
-    for call in calls:
-        if call.op.name not in CALLS:
-            continue
-        launches = CALLS[call.op.name](call.kwargs)[call.gradient]
-        found = predicted(call, launches)
-        table.rows.append(
-            [
-                str(call),
-                str(launches),
-                number(found.moved / 1e6),
-                number(found.flops / 1e9) if found.flops else "",
-                number(found.exponentials / 1e6) if found.exponentials else "",
-                number(found.compares / 1e6) if found.compares else "",
-                found.limit,
-                number(found.limit_us),
-                number(found.us),
-                number(measured.get(str(call))),
-            ]
-        )
-    return table
-
-
 def main() -> None:
     argparse.ArgumentParser(prog="python -m bench.cuda_kernels", description=__doc__).parse_args()
-    ops.load()
     _, uses = resources.table()
-    calls = list(kernels.recorded())
-    tables = calls_table(calls, kernels.measurements("native")), kernels_table(uses)
-    text = "\n\n".join(report.as_markdown(table) for table in tables) + "\n"
+    text = report.as_markdown(kernels_table(uses)) + "\n"
     PAGE.write_text(BLOCK.sub(lambda found: text, PAGE.read_text()))
 
 
