@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import argparse
 import html
-import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import tables
+from bench.plots import figures
 from bench.tables import Result, Row, Table
 
 if TYPE_CHECKING:  # where pages are written, nothing need be there to draw on a terminal
@@ -21,12 +21,14 @@ if TYPE_CHECKING:  # where pages are written, nothing need be there to draw on a
     from rich.table import Table as RichTable
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; color: #222; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 12px;
+  color: #222; }
 table { border-collapse: collapse; margin: 1em 0 2em; font-size: 13px; }
 th, td { padding: 3px 10px; text-align: right; border-bottom: 1px solid #ddd; }
 th.text, td.text { text-align: left; }
 tr:hover { background: #f4f7fb; }
-svg { max-width: 100%; height: auto; }
+svg { max-width: 100%; height: auto; font: 12px system-ui, sans-serif; }
+svg text { paint-order: stroke; stroke: white; stroke-width: 3px; }
 """
 EXPLANATION = (
     "Everyone passed a comparison on the very input that is timed: our kernels the op's own, peers "
@@ -68,7 +70,7 @@ def headline(result: Result) -> str:
 
 
 def roofs(result: Result) -> RichTable:
-    return drawn(tables.roofs(result))
+    return drawn(tables.roofs(result["roof"]))
 
 
 def line(cell: str, rows: list[Row]) -> str:
@@ -113,13 +115,13 @@ def write(result: Result, folder: Path, old: Result | None = None) -> list[Path]
     last = [
         *tables.details(result),
         *tables.not_timed(result),
-        tables.roofs(result),
+        tables.roofs(result["roof"]),
         tables.machine(result),
     ]
     head, top = [*first, tables.summary(result), *tables.sections(result)], headline(result)
     pages = {
         "report.md": markdown(top, head, last),
-        "report.html": page(top, head, plots(result), last),
+        "report.html": page(top, EXPLANATION, head, plots(result), last),
     }
     for name, text in pages.items():
         (folder / name).write_text(text)
@@ -140,13 +142,15 @@ def as_markdown(table: Table) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [table.columns, rule, *rows])
 
 
-def page(top: str, head: Iterable[Table], figures: list[str], last: Iterable[Table]) -> str:
-    body = ["<h1>Benchmark</h1>", *(f"<p>{html.escape(text)}</p>" for text in (top, EXPLANATION))]
-    body += (
-        [_table(table) for table in head if table.rows]
-        + figures
-        + [_table(table) for table in last if table.rows]
-    )
+def page(
+    top: str, explanation: str, head: Iterable[Table], figures: list[str], last: Iterable[Table]
+) -> str:
+    body = ["<h1>Benchmark</h1>", *(f"<p>{html.escape(text)}</p>" for text in (top, explanation))]
+    body += [
+        *figures,
+        *(_table(table) for table in head if table.rows),
+        *(_table(table) for table in last if table.rows),
+    ]
     title = "<meta charset='utf-8'><title>tokenkernels benchmark</title>"
     return (
         f"<!doctype html>\n<html lang='en'><head>{title}<style>{STYLE}</style></head><body>\n"
@@ -167,56 +171,9 @@ def _table(table: Table) -> str:
 
 
 def plots(result: Result) -> list[str]:
-    """Per op one figure: times faster than the fastest peer, and share of the roof, a bar per case
-    and dtype.
-    """
-    cells = {
-        cell: tables.best(rows, "ours") for cell, rows in tables.by_cell(result["ops"]).items()
-    }
-    figures = []
-    for op in dict.fromkeys(cell[0] for cell in cells):
-        rows = [
-            row
-            for cell, row in cells.items()
-            if cell[0] == op and row and row["times_fastest_peer"]
-        ]
-        if rows:
-            figures.append(_figure(op, [row for row in rows if row]))
-    return figures
-
-
-def _figure(op: str, rows: list[Row]) -> str:
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import LogFormatter
-
-    labels = [f"{row['case']} {row['dtype']}" + row["gradient"] * " +backward" for row in rows]
-    figure, (left, right) = pyplot.subplots(
-        1, 2, sharey=True, figsize=(12, 1.2 + 0.3 * len(rows)), layout="constrained"
-    )
-    places = range(len(rows))
-    ratios = [row["times_fastest_peer"] for row in rows]
-    left.barh(places, ratios, color=["#2a7f62" if ratio >= 1 else "#b5483a" for ratio in ratios])
-    left.set_xscale("log")
-    left.xaxis.set_major_formatter(LogFormatter())
-    left.xaxis.set_minor_formatter(LogFormatter())
-    left.axvline(1, color="black", linewidth=1)
-    left.set(
-        yticks=list(places),
-        yticklabels=labels,
-        xlabel="times faster than the fastest peer",
-        title=op,
-    )
-    right.barh(places, [row["roof_percent"] or 0 for row in rows], color="#3b6ea5")
-    right.axvline(100, color="black", linewidth=1)
-    right.set(xlabel="% of the measured roof")
-    left.invert_yaxis()
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    cells = tables.by_cell(result["ops"]).values()
+    ours = [row for rows in cells if (row := tables.best(rows, "ours"))]
+    return figures(ours, result["roof"], result.get("sections", {}).get("models", []))
 
 
 def main() -> None:

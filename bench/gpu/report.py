@@ -6,21 +6,55 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench import predictions
 from bench import report as drawing
+from bench import tables as shared
 from bench.gpu import store
+from bench.plots import figures
 from bench.tables import Table, number
+
+EXPLANATION = (
+    "Everyone passed a comparison on the very input that is timed. Times are medians of replays of "
+    "a CUDA graph, over inputs that rotate, together twice as large as the cache, and, warm, over "
+    "one input again and again. The limit is the longest of: the bytes that the op must move, at "
+    "the bandwidth measured for so many bytes, cold or warm; its arithmetic and exponentials at "
+    "the measured rates, in float32 by the fastest of products, multiply-adds and three products "
+    "of 16-bit parts; the op's launches. Predicted: by a model, for an H200, before any "
+    "measurement. ×: time of the fastest peer over ours."
+)
 
 
 def write(folder: Path) -> str:
     """Writes gpu.json and gpu.html from gpu.jsonl; returns what stands last on the terminal."""
     cells = store.load([folder / "gpu.jsonl"])
-    tables = [*machine(cells), *tests(cells), *ops(cells), *models(cells), *failed(cells)]
-    tables = [table for table in tables if table.rows]
-    page = drawing.page("What one GPU told.", tables, [], [])
+    found = [*machine(cells), *tests(cells), *ops(cells), *models(cells), *failed(cells)]
+    found = [table for table in found if table.rows]
+    page = drawing.page("What one GPU told.", EXPLANATION, found, plots(cells), [])
     for name, content in (("gpu.json", json.dumps(cells, indent=1) + "\n"), ("gpu.html", page)):
         (folder / f"{name}.new").write_text(content)
         (folder / f"{name}.new").replace(folder / name)
-    return "\n".join(text(table) for table in tables) + f"\nWritten: {folder}/gpu.json, gpu.html"
+    return "\n".join(text(table) for table in found) + f"\nWritten: {folder}/gpu.json, gpu.html"
+
+
+def plots(cells: list[store.Cell]) -> list[str]:
+    """As those of a CPU, of our faster backend in each cell; cells that were measured against
+    compiled peers too count once, against the faster peer.
+    """
+    roof: dict[str, Any] = next((c["roof"] for c in cells if c.get("roof")), {})
+    best: dict[str, dict[str, Any]] = {}
+    for cell in cells:
+        names = cell["cell"].split(" · ")
+        for row in cell.get("rows") or []:
+            if row["role"] == "ours" and row["ms"]:
+                named = dict(zip(("op", "case", "dtype"), names, strict=False))
+                row = row | named | {"gradient": len(names) > 3}
+                other = best.get(cell["cell"], row)
+                ratios = [r["times_fastest_peer"] for r in (row, other)]
+                faster = min(row, other, key=lambda r: float(r["ms"]))
+                ratio = min((r for r in ratios if r), default=None)
+                best[cell["cell"]] = faster | {"times_fastest_peer": ratio}
+    records = [record for cell in cells for record in cell.get("records") or []]
+    return figures(list(best.values()), roof, records)
 
 
 def text(table: Table) -> str:
@@ -38,15 +72,8 @@ def machine(cells: list[store.Cell]) -> list[Table]:
             lines.append([key, str(value)])
         for key, value in (cell.get("native") or {}).items():
             lines.append([f"native {key}", str(value)])
-        roof = cell.get("roof") or {}
-        for kind in ("copy", "read"):
-            for size, rate in roof.get(kind, {}).items():
-                lines.append([f"{kind} {int(size) >> 20} MiB", number(rate / 1e9, unit=" GB/s")])
-        for dtype, rate in roof.get("gemm", {}).items():
-            lines.append([f"product {dtype}", number(rate / 1e12, unit=" TFLOP/s")])
-        for key in ("launch_us", "eager_launch_us"):
-            if key in roof:
-                lines.append([key, number(roof[key])])
+        if roof := cell.get("roof"):
+            lines += shared.roofs(roof).rows
         if cell["section"] == "sanitizer":
             lines.append([cell["cell"], str(cell.get("result"))])
     return [Table("Machine", ["what", "value"], lines)]
@@ -73,42 +100,46 @@ def tests(cells: list[store.Cell]) -> list[Table]:
 
 
 def ops(cells: list[store.Cell]) -> list[Table]:
-    """Ours and the fastest peer, a line per cell and backend."""
-    columns = ["cell", "backend", "µs", "limit µs", "% of roof", "launches", "eager µs"]
-    columns += ["extra MB", "fastest peer", "×"]
-    lines = []
+    """Ours and the fastest peer, a line per cell and backend, beside what was predicted."""
+    columns = ["cell", "backend", "µs", "limit µs", "% of limit", "warm µs", "% of warm limit"]
+    columns += ["predicted µs", "µs / predicted", "launches", "eager µs", "extra MB"]
+    table = Table("Ops", [*columns, "fastest peer", "×"], [])
+    foretold = predictions.predicted()
     for cell in cells:
         rows: list[dict[str, Any]] = cell.get("rows") or []
         peers = [row for row in rows if row["role"] == "peer" and row["ms"]]
         best = min(peers, key=lambda row: row["ms"]) if peers else None
         for row in rows:
             if row["role"] == "ours" and row["ms"]:
-                lines.append(
+                us = foretold.get((cell["cell"], row["contender"]))
+                table.rows.append(
                     [
                         f"{cell['section']}: {cell['cell']}",
                         row["contender"],
-                        number(1e3 * row["ms"]),
-                        number(row["limit_ms"] and 1e3 * row["limit_ms"]),
+                        _us(row["ms"]),
+                        _us(row["limit_ms"]),
                         number(row["roof_percent"], 2),
+                        _us(row["warm_ms"]),
+                        number(row["warm_roof_percent"], 2),
+                        number(us),
+                        number(us and 1e3 * row["ms"] / us),
                         str(row["launches"] or ""),
-                        number(row["eager_ms"] and 1e3 * row["eager_ms"]),
+                        _us(row["eager_ms"]),
                         number(row["extra_bytes"] and row["extra_bytes"] / 1e6),
                         best["contender"] if best else "",
                         number(row["times_fastest_peer"]),
                     ]
                 )
-    title = "Ops; limits of float32 by FMA or three products of 16-bit parts, whichever is faster"
-    return [Table(title, columns, lines)]
+    return [table]
+
+
+def _us(ms: float | None) -> str:
+    return number(ms and 1e3 * ms)
 
 
 def models(cells: list[store.Cell]) -> list[Table]:
     records = [record for cell in cells for record in cell.get("records") or []]
-    columns = list(dict.fromkeys(key for record in records for key in record))
-    lines = [
-        [number(v) if isinstance(v, float) else str(v) for v in (r.get(c, "") for c in columns)]
-        for r in records
-    ]
-    return [Table("Models", columns, lines)]
+    return [shared.of_records("Models", records)]
 
 
 def failed(cells: list[store.Cell]) -> list[Table]:
