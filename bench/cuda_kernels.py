@@ -5,18 +5,30 @@ knows how they are launched. `python -m bench.cuda_kernels`, without a GPU or nv
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import re
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import report
-from bench.kernels import PAGE, together
-from bench.tables import Table, number
+import torch
 
+from bench import report
+from bench.kernels import MULTIPROCESSORS, PAGE, Call, recorded, together
+from bench.tables import Table, number
+from tokenkernels._case import Make
+from tokenkernels._op import tensors_in
+
+import cuda_on_host  # isort: skip
 import cuda_resources as resources  # isort: skip  (bench.kernels has put tests/ into the path)
 
 BLOCK = re.compile(r"(?<=<!-- cuda kernels -->\n).*(?=<!-- end of cuda kernels -->)", re.DOTALL)
 ARCH = "sm_90a"
+CHECKED = 32 << 20
+"""Bytes of the largest inputs whose launches are compared with the committed ones."""
+LAUNCHES = Path(__file__).with_name("cuda_launches.json")
 
 
 class Launched(NamedTuple):
@@ -87,46 +99,6 @@ KERNELS = {
 }
 """The first pattern that a name matches counts."""
 
-Launches = Callable[[dict[str, Any]], tuple[int, int]]
-
-
-def _gather_topk(kwargs: dict[str, Any]) -> tuple[int, int]:
-    fused, by_threshold = bool(kwargs.get("fuse")), kwargs.get("k") is None
-    two = fused or by_threshold or kwargs["scores"].shape[1] > 8192
-    return 1 + two, 1 + fused
-
-
-def _score_attention(kwargs: dict[str, Any]) -> tuple[int, int]:
-    shared_out = kwargs.get("heads") != "none" and kwargs["query"].shape[2] > 64
-    return 1 + (kwargs.get("lse") is None) + (shared_out or kwargs.get("pool", 1) > 63), 0
-
-
-def _aggregate_logits(kwargs: dict[str, Any]) -> tuple[int, int]:
-    return 1 + (kwargs["value"].shape[1] > 1024), 1
-
-
-def _aggregate_soft(kwargs: dict[str, Any]) -> tuple[int, int]:
-    return 1 + (kwargs["key"].shape[1] > 256), 3
-
-
-CALLS: dict[str, Launches] = {
-    "accumulate_codes": lambda kwargs: (4, 0),
-    "aggregate_logits": _aggregate_logits,
-    "aggregate_soft": _aggregate_soft,
-    "assign_nearest": lambda kwargs: (2 if kwargs["x"].shape[-1] <= 2 else 3, 0),
-    "assign_residual": lambda kwargs: (2, 0),
-    "compact_kv": lambda kwargs: (1, 0),
-    "compact_kv_": lambda kwargs: (1, 0),
-    "compact_kv_paged": lambda kwargs: (1, 0),
-    "gather_topk": _gather_topk,
-    "merge_adjacent": lambda kwargs: (2, 1),
-    "merge_backward": lambda kwargs: (1, 0),
-    "merge_runs": lambda kwargs: (2, 1),
-    "score_attention": _score_attention,
-    "slim_tokens": lambda kwargs: (2, 5),
-}
-"""Launches of a call, forward and backward; a memset counts."""
-
 TENSOR_CORES: dict[str, tuple[int, int]] = {
     "aggregate_logits": (6, 1),
     "aggregate_soft": (6, 1),
@@ -139,32 +111,74 @@ TENSOR_CORES: dict[str, tuple[int, int]] = {
 are six) and of 16.
 """
 
-MULTIPLIES = {
-    "aggregate_logits": "aggregate_logits_kernel",
-    "aggregate_soft": "aggregate_soft_kernel",
-    "assign_nearest": "search_kernel",
-    "assign_residual": "chain_kernel",
-    "score_attention": "score_kernel<.*0>",
-    "slim_tokens": "weigh_kernel",
-}
-"""Which kernel of such an op that is."""
+TILES = 20 << 10
+"""Bytes of shared memory: whoever of these borrows more multiplies, what goes before and behind it
+borrows less.
+"""
+
+Grids = dict[str, list[cuda_on_host.Noted]]
+"""What a cell launches; of a gradient what goes backward."""
 
 
-def blocks_together(op: str, dtype: str) -> int:
-    """Of the kernel that multiplies, as many as a multiprocessor holds at least."""
-    _, uses = resources.table()
-    kind = {"float32": "float", "bfloat16": "BFloat16", "float16": "Half"}[dtype]
-    held = {
-        kernel: together(built(kernel, use))
+class Blank(Make):
+    """Draws integers with their values, and memory as it comes for everything else."""
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype)
+
+    rand = randn
+
+
+def grids() -> Grids:
+    """As they were committed."""
+    found = json.loads(LAUNCHES.read_text())
+    return {cell: [cuda_on_host.Noted(*one) for one in noted] for cell, noted in found.items()}
+
+
+def noted(multiprocessors: int, most: float = math.inf) -> Grids:
+    """The launches of every cell of the bench on a Hopper of this size, asked of the launchers
+    themselves, which run on the CPU in tests; without those gradients whose sizes values decide,
+    and without inputs of more than `most` bytes.
+    """
+    cuda_on_host.load()
+    cuda_on_host.claim_hopper()
+    found: Grids = {}
+    for call in recorded():
+        if sum(t.nbytes for t in tensors_in(call.kwargs)) > most:
+            continue
+        kwargs = call.case.make(Blank(call.case.id, call.dtype))
+        run = partial(call.op.run, kwargs, cuda_on_host.KIND)
+        forward = cuda_on_host.noted(run, multiprocessors)
+        if not call.gradient:
+            found[str(call)] = forward
+        elif call.launches:
+            both = partial(_forward_and_backward, call, kwargs, run)
+            found[str(call)] = cuda_on_host.noted(both, multiprocessors)[len(forward) :]
+    return found
+
+
+def _forward_and_backward(call: Call, kwargs: dict[str, Any], run: Callable[[], Any]) -> None:
+    leaves = [t for name in call.op.differentiable for t in tensors_in(kwargs.get(name))]
+    leaves = [t.requires_grad_() for t in leaves if t.dtype.is_floating_point]
+    outputs = [t for t in run() if t.requires_grad]
+    torch.autograd.grad(outputs, leaves, list(map(torch.empty_like, outputs)), allow_unused=True)
+
+
+def blocks_together(op: str, noted: cuda_on_host.Noted, uses: resources.Uses) -> int:
+    """How many of its blocks a multiprocessor holds; of kernels that names do not tell apart, by
+    the one of most registers.
+    """
+    name = re.sub(r"\b\w+::", "", noted.kernel)
+    start = re.sub(r", k\w+>", "", name)
+    named = {
+        kernel: use.registers
         for (kernel, arch), use in uses.items()
-        if arch == ARCH and re.match(f"{op}: {MULTIPLIES[op]}", kernel)
+        if arch == ARCH and kernel.split(": ")[-1].startswith(start)
     }
-    return min({k: n for k, n in held.items() if kind in k}.values() or held.values())
-
-
-def built(kernel: str, use: resources.Use) -> dict[str, int]:
-    how = launched(kernel)
-    return {"registers": use.registers, "warps": how.threads // 32, "shared": how.shared}
+    own = {k: n for k, n in named.items() if k.startswith(op.removesuffix("_"))} or named
+    return together(
+        {"registers": max(own.values()), "warps": noted.threads // 32, "shared": noted.shared}
+    )
 
 
 def launched(kernel: str) -> Launched:
@@ -182,7 +196,8 @@ def kernels_table(uses: resources.Uses) -> Table:
         if arch != ARCH:
             continue
         how = launched(kernel)
-        blocks = together(built(kernel, use))
+        built = {"registers": use.registers, "warps": how.threads // 32, "shared": how.shared}
+        blocks = together(built)
         table.rows.append(
             [
                 kernel,
@@ -198,7 +213,20 @@ def kernels_table(uses: resources.Uses) -> Table:
 
 
 def main() -> None:
-    argparse.ArgumentParser(prog="python -m bench.cuda_kernels", description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(prog="python -m bench.cuda_kernels", description=__doc__)
+    parser.add_argument(
+        "--launches", action="store_true", help="renew the launches too (after `make build`)"
+    )
+    parser.add_argument("--check", action="store_true", help="only tell which launches are new")
+    options = parser.parse_args()
+    if options.check:
+        known, now = grids(), noted(MULTIPROCESSORS, CHECKED)
+        print("\n".join(cell for cell in now if known.get(cell) != now[cell]) or "up to date")
+        return
+    if options.launches:
+        found = noted(MULTIPROCESSORS)
+        lines = ",\n".join(f"{json.dumps(cell)}: {json.dumps(found[cell])}" for cell in found)
+        LAUNCHES.write_text(f"{{\n{lines}\n}}\n")
     _, uses = resources.table()
     text = report.as_markdown(kernels_table(uses)) + "\n"
     PAGE.write_text(BLOCK.sub(lambda found: text, PAGE.read_text()))

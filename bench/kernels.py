@@ -30,7 +30,7 @@ import ahead_of_time as ahead
 PAGE = Path(__file__).parent / "NOTES.md"
 BLOCK = re.compile(r"(?<=<!-- kernels -->\n).*(?=<!-- end of kernels -->)", re.DOTALL)
 COMPILED = Path(__file__).with_name("triton_kernels.json")
-CAPABILITY = 90
+CAPABILITY, MULTIPROCESSORS = 90, 132
 REGISTERS, SHARED, WARPS, PROGRAMS = 65536, 227 << 10, 64, 32
 """Of one multiprocessor; a program takes 1 KB of shared memory besides its own."""
 

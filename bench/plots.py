@@ -125,7 +125,7 @@ def _legend(colours: dict[str, str], top: float) -> tuple[list[str], float]:
 
 def against_peers(op: str, rows: Sequence[Row]) -> str:
     """A bar per case and dtype: times faster than the fastest peer, and share of the limit."""
-    names = [f"{row['case']} {row['dtype']}" + row["gradient"] * " +backward" for row in rows]
+    names = [f"{r['case']} {_brief(r['dtype'])}" + r["gradient"] * " +backward" for r in rows]
     ratios, shares = [], []
     for name, row in zip(names, rows, strict=True):
         ratio, share = row["times_fastest_peer"], row["roof_percent"] or 0.0
@@ -177,6 +177,10 @@ def _named(title: str, names: Sequence[str], parts: list[str], kind: str) -> str
     head = svg.text(0, 18, title, font_weight="bold", font_size=14)
     labels = [svg.text(LABELS - 8, TOP + 19 * n + 14, _cut(w), "end") for n, w in enumerate(names)]
     return svg.picture(WIDTH, TOP + 19 * len(names) + 24, [head, *labels, *parts], kind)
+
+
+def _brief(dtype: str) -> str:
+    return dtype.replace("bfloat", "bf").replace("float", "fp")
 
 
 def _cut(words: str) -> str:

@@ -18,17 +18,21 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from bench import cuda_kernels, kernels, report
-from bench.kernels import PAGE, Call
+from bench.kernels import MULTIPROCESSORS, PAGE, Call
 from bench.predictions import FILE, Prediction, Times, known, measured
 from bench.roofline import Roof, limit, seconds_to_move
 from bench.tables import Table, number
 from bench.work import Work, launches, of_call
 from tokenkernels._op import tensors_in
+
+import cuda_resources  # isort: skip  (bench.kernels has put tests/ into the path)
+from cuda_resources import Uses  # isort: skip
 
 MODEL = 1
 """Raised with every change of what is predicted, so that an outcome names what it was held to."""
@@ -43,7 +47,8 @@ H200: Roof = {
 """Supposed, until a run on one stands in `bench/results`."""
 RATES = {"16 bits": "bfloat16", "tf32": "tf32", "float32": "float32"}
 """What a kernel multiplies in, and the product that its rate is known by."""
-MULTIPROCESSORS = 132
+INSTRUCTIONS = H200["fma"] / 2
+"""Of the units that multiply and add, per second."""
 DRAWN_ALONE = 3.0
 """Times its even share of the bandwidth: what one multiprocessor draws while others are idle."""
 REACHED = {True: 0.8, False: 0.6}
@@ -56,23 +61,37 @@ PER_DIGIT = 4 * 8
 
 
 class Grid(NamedTuple):
-    """What is known of the launch that most of a call's work is in."""
+    """What is known of a launch that does a call's work."""
 
-    blocks: int | None
-    """None where nothing but a GPU or values tell."""
+    blocks: int
     together: int
     """Blocks that a multiprocessor holds."""
+    reached: float = 1.0
+    """Of the rate of the units that it multiplies on."""
+
+
+class Plan(NamedTuple):
+    """How a backend goes about a call."""
+
+    launched: int
+    grids: list[Grid]
+    """Of those launches that share the work evenly; none where only values tell."""
     kind: str = "float32"
     products: float = 1
-    reached: float = 1.0
+    """For each that was asked for."""
+    selecting: int = 0
+    """Blocks that select at once, where that comes first."""
 
 
 def predictions() -> Iterator[Prediction]:
     """Every cell of the bench on either backend."""
-    built = kernels.compilations()
+    built, grids, uses = kernels.compilations(), cuda_kernels.grids(), cuda_resources.table()[1]
     forward: dict[str, tuple[Prediction, ...]] = {}
     for call in kernels.recorded():
-        found = _native(call), _triton(call, built)
+        found = (
+            _prediction(call, "native", _native(call, grids, uses)),
+            _prediction(call, "triton", _triton(call, built)),
+        )
         if call.gradient:
             before = forward[str(call).removesuffix(" · +backward")]
             found = _both(before[0], found[0]), _both(before[1], found[1])
@@ -91,83 +110,102 @@ def work(call: Call) -> Work:
     return Work(moved, 0, 2 * call.cost[1], dtype, launches=count)
 
 
-def seconds(call: Call, needs: Work, launched: int, grid: Grid) -> float:
+def seconds(call: Call, needs: Work, plan: Plan) -> float:
     """The model."""
-    memory = seconds_to_move(H200, needs, "cold") * starved(grid)
-    products = needs.flops * grid.products / (H200["gemm"][RATES[grid.kind]] * grid.reached)
-    instructions = H200["fma"] / 2
-    behind = needs.exponentials / H200["exp"] + PER_SCORE * needs.compares / instructions
-    products, behind = products * unfilled(grid), behind * unfilled(grid)
-    at_once = max(products, behind) if grid.together > 1 else products + behind
-    first = selected(call, instructions)
-    return launched * H200["launch_us"] / 1e6 + first + max(memory, at_once)
+    launching = plan.launched * H200["launch_us"] / 1e6
+    memory = seconds_to_move(H200, needs, "cold") * mean(starved(grid) for grid in plan.grids)
+    slower = mean(unfilled(grid) / grid.reached for grid in plan.grids)
+    products = needs.flops * plan.products / H200["gemm"][RATES[plan.kind]] * slower
+    behind = needs.exponentials / H200["exp"] + PER_SCORE * needs.compares / INSTRUCTIONS
+    behind *= mean(map(unfilled, plan.grids))
+    alone = any(grid.together == 1 for grid in plan.grids)
+    at_once = products + behind if alone else max(products, behind)
+    return launching + selection(call, plan) + max(memory, at_once)
 
 
-def waves(grid: Grid) -> float | None:
-    return grid.blocks and grid.blocks / _wave(grid.blocks, grid)
+def mean(factors: Iterable[float]) -> float:
+    """1 where nothing is known."""
+    found = list(factors)
+    return statistics.mean(found) if found else 1.0
+
+
+def waves(grid: Grid) -> float:
+    """Blocks spread before they share a multiprocessor."""
+    spread = min(grid.together, -(-grid.blocks // MULTIPROCESSORS))
+    return grid.blocks / (MULTIPROCESSORS * spread)
 
 
 def unfilled(grid: Grid) -> float:
     """How much longer it takes than if the last wave were full."""
-    count = waves(grid)
-    return math.ceil(count) / count if count else 1.0
+    return math.ceil(waves(grid)) / waves(grid)
 
 
 def starved(grid: Grid) -> float:
     """How much longer bytes take where few multiprocessors ask for them."""
-    return max(1.0, MULTIPROCESSORS / (DRAWN_ALONE * grid.blocks)) if grid.blocks else 1.0
+    return max(1.0, MULTIPROCESSORS / (DRAWN_ALONE * grid.blocks))
 
 
-def _wave(blocks: int, grid: Grid) -> int:
-    """Blocks spread before they share a multiprocessor."""
-    return MULTIPROCESSORS * min(grid.together, -(-blocks // MULTIPROCESSORS))
-
-
-def selected(call: Call, instructions: float) -> float:
-    """Seconds of a selection, which has a multiprocessor for each row of scores."""
-    if call.op.name != "gather_topk" or call.gradient:
+def selection(call: Call, plan: Plan) -> float:
+    """Seconds that it takes before rows can move; blocks of the same row share or repeat it."""
+    if not plan.selecting or call.gradient:
         return 0.0
-    rows, length = call.kwargs["scores"].shape
-    share = min(rows, MULTIPROCESSORS) / MULTIPROCESSORS
-    return float(PER_DIGIT * rows * length / (instructions * share))
+    share = min(plan.selecting, MULTIPROCESSORS) / MULTIPROCESSORS
+    return float(PER_DIGIT * call.kwargs["scores"].numel() / (INSTRUCTIONS * share))
 
 
-def _native(call: Call) -> Prediction:
+def _native(call: Call, grids: cuda_kernels.Grids, uses: Uses) -> Plan:
     name = call.op.name
+    if (noted := grids.get(str(call))) is None:
+        return Plan(launches(call.op, call.kwargs, call.gradient), [])
+    work = [one for one in noted if one.kernel != "memset"]
+    times = cuda_kernels.TENSOR_CORES.get(name)
+    if times:
+        work = [one for one in work if one.shared > cuda_kernels.TILES] or work
+    else:
+        work = [max(work, key=lambda one: one.blocks * one.threads)]
+    held = [cuda_kernels.blocks_together(name, one, uses) for one in work]
+    selecting = [one.blocks for one in noted if "select" in one.kernel] or [_rows(call)]
+    if not times:
+        found = [Grid(one.blocks, n) for one, n in zip(work, held, strict=True)]
+        return Plan(len(noted), found, selecting=selecting[0])
     narrow = any(t.element_size() == 2 for t in tensors_in(call.kwargs))
-    grid = Grid(None, 2)
-    if name in cuda_kernels.TENSOR_CORES:
-        times = cuda_kernels.TENSOR_CORES[name][narrow]
-        together = cuda_kernels.blocks_together(name, str(call.dtype).removeprefix("torch."))
-        grid = Grid(None, together, "16 bits", times, REACHED[False])
-    launched = cuda_kernels.CALLS[name](call.kwargs)[call.gradient]
-    return _prediction(call, "native", launched, grid)
+    reached = [REACHED["search" in one.kernel and one.kernel.endswith("true>")] for one in work]
+    found = [Grid(w.blocks, n, share) for w, n, share in zip(work, held, reached, strict=True)]
+    return Plan(len(noted), found, "16 bits", times[narrow])
 
 
-def _triton(call: Call, built: dict[str, dict[str, Any]]) -> Prediction:
+def _triton(call: Call, built: dict[str, dict[str, Any]]) -> Plan:
     if not call.launches:
-        launched = launches(call.op, call.kwargs, call.gradient)
-        return _prediction(call, "triton", launched, Grid(None, 2))
+        return Plan(launches(call.op, call.kwargs, call.gradient), [])
     found = [(launch, built[kernels.key(job)]) for launch, job in call.launches]
-    # Where nothing multiplies on tensor cores, most work is where most bytes are.
-    launch, k = max(
-        found, key=lambda one: (one[1]["multiplies"] != "float32", kernels.touched(one[0]))
-    )
-    reached = 1.0 if k["multiplies"] == "float32" else REACHED[k["groups"]]
-    blocks = math.prod(launch.grid)
-    grid = Grid(blocks, kernels.together(k), k["multiplies"], k["products"], reached)
-    return _prediction(call, "triton", len(found) + call.copies, grid)
+    count = len(found) + call.copies
+    work = [(launch, k) for launch, k in found if k["multiplies"] != "float32"]
+    if not work:
+        launch, k = max(found, key=lambda one: kernels.touched(one[0]))
+        grid = Grid(math.prod(launch.grid), kernels.together(k))
+        return Plan(count, [grid], selecting=_rows(call))
+    grids = [
+        Grid(math.prod(launch.grid), kernels.together(k), REACHED[k["groups"]])
+        for launch, k in work
+    ]
+    first = work[0][1]
+    return Plan(count, grids, first["multiplies"], first["products"])
 
 
-def _prediction(call: Call, backend: str, launched: int, grid: Grid) -> Prediction:
+def _rows(call: Call) -> int:
+    """Of scores that something is selected among."""
+    return len(call.kwargs["scores"]) if call.op.name == "gather_topk" else 0
+
+
+def _prediction(call: Call, backend: str, plan: Plan) -> Prediction:
     needs = work(call)
     least, bound = limit(H200, needs)
-    dtype, passed = needs.dtype, waves(grid)
+    grid = max(plan.grids, key=unfilled, default=None)
     return Prediction(
-        call.op.name, call.case.id, dtype, call.gradient, backend, launched,
-        needs.moved, needs.flops, needs.exponentials, needs.compares, grid.blocks,
-        passed and round(passed, 3), bound, _microseconds(least),
-        _microseconds(seconds(call, needs, launched, grid)),
+        call.op.name, call.case.id, needs.dtype, call.gradient, backend, plan.launched,
+        needs.moved, needs.flops, needs.exponentials, needs.compares, grid and grid.blocks,
+        grid and round(waves(grid), 3), bound, _microseconds(least),
+        _microseconds(seconds(call, needs, plan)),
     )  # fmt: skip
 
 

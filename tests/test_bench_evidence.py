@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cuda_on_host
 import pytest
 
 from bench import plots, predictions, report, roofline
@@ -79,6 +80,16 @@ def test_committed_predictions_are_those_of_the_model() -> None:
     command = [sys.executable, "-m", "bench.predict", "--check"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     words = "python -m bench.kernels; python -m bench.predict"
+    assert done.stdout.strip() == "up to date", f"{done.stdout}{done.stderr}\nrenew: {words}"
+
+
+def test_committed_launches_are_those_of_the_launchers() -> None:
+    pytest.importorskip("triton")
+    cuda_on_host.build(cuda_on_host.KIND)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.cuda_kernels", "--check"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    words = "python -m bench.cuda_kernels --launches; python -m bench.predict"
     assert done.stdout.strip() == "up to date", f"{done.stdout}{done.stderr}\nrenew: {words}"
 
 

@@ -9,8 +9,11 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -69,6 +72,33 @@ def schedule(words: str) -> None:
     orders = ("ascending", "descending", "shuffled")
     count = 0 if window in ("", "all") else int(window)
     ctypes.CDLL(str(path)).tokenkernels_schedule(orders.index(order), count)
+
+
+class Noted(NamedTuple):
+    """One launch: the kernel as the compiler names it, or "memset", and its grid."""
+
+    kernel: str
+    blocks: int
+    threads: int
+    cluster: int
+    shared: int
+
+
+def noted(call: Callable[[], Any], multiprocessors: int) -> list[Noted]:
+    """What a call would launch on a GPU so large; nothing runs, so its results mean nothing, and
+    one that reads them may break off.
+    """
+    object_ = ctypes.CDLL(str(build(KIND).with_suffix(".so")))
+    object_.tokenkernels_launches_noted.restype = ctypes.c_char_p
+    object_.tokenkernels_play(ctypes.c_int64(multiprocessors))
+    try:
+        with suppress(RuntimeError, ValueError, IndexError):
+            call()
+        lines = object_.tokenkernels_launches_noted().decode().splitlines()
+    finally:
+        object_.tokenkernels_play(ctypes.c_int64(0))
+    split = [line.split("\t") for line in lines]
+    return [Noted(name, *map(int, numbers)) for name, *numbers in split]
 
 
 def claim_hopper() -> None:

@@ -240,6 +240,13 @@ int cluster_here();
 void run(const Grid& grid);
 void set_schedule(int order, int window);  // order −1: in turn
 
+// While a GPU of so many multiprocessors is only played, launches are noted and nothing runs: a
+// line for each, "kernel blocks threads cluster shared". `play(0)` ends it and forgets them.
+void play(int64_t multiprocessors);
+const char* launches_noted();
+bool note(const Grid& grid);  // whether it has been noted, and is not to run
+int64_t multiprocessors();
+
 int barrier(bool condition, Site site);  // how many threads of the block said yes
 void cluster_barrier(Site site);
 void yield(bool first, Site site);  // of wait_until; `first`: its condition is new

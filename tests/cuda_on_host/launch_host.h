@@ -111,11 +111,12 @@ const char* launch(const Launch& how, Args&&... args) {
 }
 
 inline const char* zero(void* to, int64_t bytes, void*) {
+  if (host::note({"memset", {1, 1, 1}, 1, 1, 0, nullptr, nullptr})) return nullptr;
   std::memset(to, 0, static_cast<size_t>(bytes));
   return nullptr;
 }
 
-inline int64_t multiprocessors() { return 3; }  // few: a persistent grid comes round often
+inline int64_t multiprocessors() { return host::multiprocessors(); }
 
 // Coordinates and barriers.
 
