@@ -199,6 +199,8 @@ def _rows(call: Call) -> int:
 
 def _prediction(call: Call, backend: str, plan: Plan) -> Prediction:
     needs = work(call)
+    words = f"{call}, {backend}: {plan.launched} launches, {needs.launches} declared"
+    assert plan.launched <= needs.launches, words
     least, bound = limit(H200, needs)
     grid = max(plan.grids, key=unfilled, default=None)
     return Prediction(
