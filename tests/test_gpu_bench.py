@@ -23,7 +23,7 @@ def test_a_dry_run_measures_and_is_not_repeated(tmp_path: Path) -> None:
     for _ in range(2):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "Tests" in done.stdout and "copy 1 MiB" in done.stdout
+        assert "Tests" in done.stdout and "copy, cold, 1 MiB" in done.stdout
     lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     bench = [line for line in lines if line["section"] == "bench"]
     assert [line.get("error") for line in bench] == [store.BEGUN, None] and bench[1]["rows"]
