@@ -112,7 +112,8 @@ def gpu_cell(row: predictions.Prediction, us: float) -> dict[str, Any]:
     ours |= {"warm_ms": us / 2e3, "limit_ms": us / 2e3, "warm_limit_ms": us / 4e3, "how": "graph"}
     ours |= {"roof_percent": 50.0, "warm_roof_percent": 50.0, "eager_ms": 0.02, "launches": 1}
     ours |= {"extra_bytes": 0, "bytes": row.bytes, "flops": row.flops, "times_fastest_peer": 2.0}
-    return {"section": "bench", "cell": row.cell, "hash": "", "rows": [ours]}
+    peer = ours | {"contender": "eager", "role": "peer", "ms": us / 500}
+    return {"section": "bench", "cell": row.cell, "hash": "", "rows": [ours, peer]}
 
 
 def test_outcomes_stand_beside_predictions(tmp_path: Path) -> None:
@@ -126,7 +127,8 @@ def test_outcomes_stand_beside_predictions(tmp_path: Path) -> None:
     place = table.columns.index("µs / predicted")
     assert len(table.rows) == len({row.cell for row in rows})
     assert {line[place] for line in table.rows} == {"1.50"}
-    assert 'class="roofline"' in (tmp_path / "gpu.html").read_text()
+    page = (tmp_path / "gpu.html").read_text()
+    assert 'class="roofline"' in page and 'class="peers"' in page and "× 2.00" in page
 
 
 def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:

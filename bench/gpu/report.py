@@ -37,24 +37,25 @@ def write(folder: Path) -> str:
 
 
 def plots(cells: list[store.Cell]) -> list[str]:
-    """As those of a CPU, of our faster backend in each cell; cells that were measured against
-    compiled peers too count once, against the faster peer.
+    """As those of a CPU: our faster backend in each cell, against the fastest of all peers that
+    were measured in it, compiled ones too.
     """
     roof: dict[str, Any] = next((c["roof"] for c in cells if c.get("roof")), {})
-    best: dict[str, dict[str, Any]] = {}
+    met: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
-        names = cell["cell"].split(" · ")
-        for row in cell.get("rows") or []:
-            if row["role"] == "ours" and row["ms"]:
-                named = dict(zip(("op", "case", "dtype"), names, strict=False))
-                row = row | named | {"gradient": len(names) > 3}
-                other = best.get(cell["cell"], row)
-                ratios = [r["times_fastest_peer"] for r in (row, other)]
-                faster = min(row, other, key=lambda r: float(r["ms"]))
-                ratio = min((r for r in ratios if r), default=None)
-                best[cell["cell"]] = faster | {"times_fastest_peer": ratio}
+        met.setdefault(cell["cell"], []).extend(r for r in cell.get("rows") or [] if r["ms"])
+    found = []
+    for name, rows in met.items():
+        ours = [row for row in rows if row["role"] == "ours"]
+        peers = [row["ms"] for row in rows if row["role"] == "peer"]
+        if ours:
+            op, case, dtype, *gradient = name.split(" · ")
+            best = min(ours, key=lambda row: float(row["ms"]))
+            ratio = min(peers) / best["ms"] if peers else None
+            named = {"op": op, "case": case, "dtype": dtype, "gradient": bool(gradient)}
+            found.append(best | named | {"times_fastest_peer": ratio})
     records = [record for cell in cells for record in cell.get("records") or []]
-    return figures(list(best.values()), roof, records)
+    return figures(found, roof, records)
 
 
 def text(table: Table) -> str:
