@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tokenkernels as tk
-from tokenmodels._refuse import refusal
+from tokenmodels._refuse import refusal, require_number
 
 
 class SlimTokens(nn.Module):
@@ -71,6 +71,31 @@ class SlimTokens(nn.Module):
         logits = self.logit_scale * F.linear(hidden, self.fc2.weight)
         wide = torch.promote_types(logits.dtype, torch.float32)
         return logits.transpose(1, 2).to(wide).softmax(-1)
+
+    @torch.no_grad()
+    def spread(self, std: float) -> None:
+        """Draws the slots anew, from a normal distribution, before training.
+
+        A new `SiT` has 0.02 there, as the released models had: its slots begin as almost the same
+        mean of all tokens, and take long to part. With 1 or more they differ from the start.
+
+        Args:
+            std: standard deviation of the slot projection's weights.
+
+        Raises:
+            ValueError: not above 0.
+
+        Example:
+            >>> slim, tokens = SlimTokens(64, 4), torch.randn(1, 16, 64)
+            >>> slim.spread(0.02)
+            >>> slim.assignment(tokens).max() < 0.1
+            tensor(True)
+            >>> slim.spread(10.0)
+            >>> slim.assignment(tokens).max() > 0.2
+            tensor(True)
+        """
+        require_number("SlimTokens.spread", "std", std, lambda x: x > 0, "above 0")
+        nn.init.normal_(self.fc2.weight, std=std)
 
     @torch.no_grad()
     def fold(self) -> None:
