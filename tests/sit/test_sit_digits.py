@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from tokenmodels.sit import SlimTokens
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "bench" / "results" / "sit-digits-cpu.json"
@@ -28,8 +30,9 @@ def example() -> ModuleType:
     return sit_digits
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the example has it: sums of another order have other bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -56,7 +59,9 @@ def test_parts_are_disjoint_and_have_all_classes(example: ModuleType) -> None:
 
 def test_students_learn(example: ModuleType) -> None:
     """With fewer steps: far above chance (10 %), the student with FRD not far below."""
-    setup = replace(example.Setup(), seeds=(0,), teacher_steps=120, student_steps=40, points=2)
+    setup = replace(
+        example.Setup(), test=400, validation=50, teacher_steps=120, student_steps=40, points=1
+    )
     students, rows = example.one_seed(example.digits(setup), setup, 0, quiet)
     test = {row["model"]: row["test"] for row in rows}
     assert list(test) == [example.TEACHER, example.SCRATCH, example.PLAIN, *example.LOSS]
@@ -69,7 +74,7 @@ def test_students_learn(example: ModuleType) -> None:
 
 
 @pytest.fixture(scope="module")
-def small(example: ModuleType) -> tuple:
+def small(example: ModuleType, one_thread: None) -> tuple:
     """All of it in a few steps, and what it trained."""
     setup = replace(
         example.Setup(),
@@ -157,3 +162,12 @@ def test_the_committed_figures_show_what_distillation_is_worth() -> None:
     )
     assert all(one > other for one, other in zip(frd, plain, strict=True))
     assert sum(teacher) / 3 - sum(frd) / 3 <= 1
+
+
+def test_slots_are_not_spread_by_nothing() -> None:
+    slim = SlimTokens(16, 4)
+    for std in (0.0, -1.0):
+        with pytest.raises(ValueError, match=r"SlimTokens\.spread: std: allowed above 0, got"):
+            slim.spread(std)
+    with pytest.raises(TypeError, match=r"SlimTokens\.spread: std: allowed a number, got"):
+        slim.spread("wide")
