@@ -43,7 +43,7 @@ AS_OFFICIAL = 3.0
 """In 16 bits: the most that a build may be further from the float32 logits than the official
 formulation is, in which autocast leaves the tokens between the layers in float32.
 """
-ROUNDS = (5, 25)
+ROUNDS = (7, 25)
 SECONDS = {True: 20.0, False: 120.0}
 """For the models among everything else, when quick or not."""
 SLACK = 1.6
