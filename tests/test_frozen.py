@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tokenmodels import _frozen
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-"""Of the largest result: a sum of 72 products, rounded once or, with a GELU, twice."""
+"""Of the largest result: a sum of 27 products at most, rounded once or, with a GELU, twice."""
 
 
 class Both(nn.Module):
@@ -51,18 +53,93 @@ def test_frozen_layers(channels: int, gelu: bool, bias: bool, dtype: torch.dtype
             assert (got - want).abs().max() <= BOUND[dtype] * want.abs().max()
 
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which of the two was computed by oneDNN; tests that ask need a processor where it is."""
+    if torch.float32 not in _frozen.DTYPES:
+        pytest.skip("no oneDNN")
+    seen: list[str] = []
+    for name in ("_linear", "_convolution"):
+        run = getattr(_frozen, name)
+
+        def told(*arguments: Any, name: str = name, run: Callable[..., Tensor] = run) -> Tensor:
+            seen.append(name)
+            return run(*arguments)
+
+        monkeypatch.setattr(_frozen, name, told)
+    return seen
+
+
+def test_frozen_layers_go_to_onednn(calls: list[str]) -> None:
+    Both(3, True).requires_grad_(False)(torch.randn(2, 3, 9, 14))
+    assert calls == ["_convolution", "_linear"]
+
+
+def _hooked(both: Both) -> None:
+    for layer in (both.conv, both.fc):
+        layer.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def _replaced(both: Both) -> None:
+    for layer in (both.conv, both.fc):
+        layer.forward = lambda x, run=layer.forward: 2 * run(x)  # type: ignore[method-assign]
+
+
+def _strided(both: Both) -> None:
+    both.fc.bias = nn.Parameter(torch.randn(48)[::2], requires_grad=False)
+    both.conv.padding_mode = "circular"
+
+
+def _dilated(both: Both) -> None:
+    both.conv.dilation = (2, 2)
+    both.fc.bias = nn.Parameter(torch.randn(1).expand(24), requires_grad=False)
+
+
+def _learning_bias(both: Both) -> None:
+    for layer in (both.conv, both.fc):
+        assert layer.bias is not None
+        layer.bias.requires_grad_()
+
+
+@pytest.mark.parametrize("change", [_hooked, _replaced, _strided, _dilated, _learning_bias])
+def test_other_layers_are_called_themselves(change: Any, calls: list[str]) -> None:
+    both, x = Both(3, False).requires_grad_(False), torch.randn(2, 3, 9, 14)
+    change(both)
+    want = both.fc(both.conv(x).flatten(2).transpose(1, 2))
+    assert torch.equal(both(x), want) and not calls
+    if want.requires_grad:
+        both(x).sum().backward()
+        assert both.fc.bias.grad is not None and both.conv.bias.grad is not None
+
+
+def test_whoever_watches_sees_torchs_operators(calls: list[str]) -> None:
+    both, x = Both(3, True).requires_grad_(False), torch.randn(2, 3, 9, 14)
+    with FlopCounterMode(display=False) as counter:
+        both(x)
+    assert counter.get_total_flops() == 2 * 2 * 5 * 7 * (27 * 8 + 8 * 24)
+    _, slope = torch.func.jvp(both, (x,), (x,))
+    assert slope.abs().sum() > 0
+    with torch.backends.mkldnn.flags(enabled=False):
+        both(x)
+    assert not calls
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        _frozen.linear(torch.randn(2, 9), both.fc)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("channels", [1, 3])
 def test_recorded_calls(channels: int) -> None:
-    """Compiled in one graph, and traced: bit for bit; exported: of torch's own operators."""
+    """Compiled in one graph: bit for bit; exported or traced: of torch's own operators."""
     both, x = Both(channels, True).requires_grad_(False), torch.randn(2, channels, 9, 14)
     want = both(x)
     assert torch.equal(torch.compile(both, fullgraph=True, backend="aot_eager")(x), want)
-    assert torch.equal(torch.jit.trace(both, x)(x), want)
     program = torch.export.export(both, (x,))
     names = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
     assert names and all(name.startswith("aten.") for name in names)
     torch.testing.assert_close(program.module()(x), want)
+    traced = torch.jit.trace(both, x)
+    assert not {n.kind() for n in traced.inlined_graph.nodes() if n.kind().startswith("tokenm")}
+    torch.testing.assert_close(traced(x), want)
 
 
 def test_a_gradient_is_never_lost() -> None:

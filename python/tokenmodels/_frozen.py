@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 
 def _known_dtypes() -> tuple[torch.dtype, ...]:
@@ -28,45 +30,77 @@ def linear(x: Tensor, layer: nn.Linear, *, gelu: bool = False) -> Tensor:
     """What a layer gives, then the exact (erf) GELU if wanted: (…, C) → (…, D).
 
     The layer itself is called, and torch's GELU, wherever a gradient is needed, on other devices,
-    in other dtypes, under autocast, in an exported graph, and where it has hooks or is a layer of
-    another kind that took the place of this one.
+    in other dtypes, under autocast, in an exported or traced graph, and where somebody else looks
+    at the call: hooks, another kind of layer or of tensor, modes such as that which counts flops.
+
+    Example:
+        >>> layer = nn.Linear(8, 16).requires_grad_(False)
+        >>> linear(torch.randn(2, 3, 8), layer, gelu=True).shape
+        torch.Size([2, 3, 16])
     """
-    if not _by_onednn(x, layer, nn.Linear):
+    if not (type(layer) is nn.Linear and _frozen(x, layer) and x.shape[-1] == layer.in_features):
         return F.gelu(layer(x)) if gelu else layer(x)
-    run = torch.ops.tokenmodels.linear if _recorded() else _linear
+    run = torch.ops.tokenmodels.linear if torch.compiler.is_compiling() else _linear
     return run(x, layer.weight, layer.bias, gelu)
 
 
 def convolution(x: Tensor, layer: nn.Conv2d, *, gelu: bool = False) -> Tensor:
-    """What a layer without dilation, groups or padding but zeros gives, then the GELU if wanted; as
-    `linear`.
+    """What a layer gives, then the GELU if wanted; as `linear`.
+
+    Example:
+        >>> layer = nn.Conv2d(3, 8, 3, padding=1).requires_grad_(False)
+        >>> convolution(torch.randn(2, 3, 6, 6), layer, gelu=True).shape
+        torch.Size([2, 8, 6, 6])
     """
-    if not _by_onednn(x, layer, nn.Conv2d):
+    if not (_is_simple(layer) and _frozen(x, layer) and x.shape[1] == layer.in_channels):
         return F.gelu(layer(x)) if gelu else layer(x)
-    run = torch.ops.tokenmodels.convolution if _recorded() else _convolution
+    # As one operator in a graph: the compiler takes oneDNN's for weights that it packed itself.
+    run = torch.ops.tokenmodels.convolution if torch.compiler.is_compiling() else _convolution
     padding, stride = [int(n) for n in layer.padding], list(layer.stride)
     return run(x, layer.weight, layer.bias, padding, stride, gelu)
 
 
-def _by_onednn(x: Tensor, layer: nn.Linear | nn.Conv2d, kind: type[nn.Module]) -> bool:
+def _is_simple(layer: nn.Conv2d) -> bool:
+    """Without dilation, groups, and padding but zeros, as `_convolution` has it."""
     return (
-        x.device.type == "cpu"
+        type(layer) is nn.Conv2d
+        and layer.dilation == (1, 1)
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+    )
+
+
+def _frozen(x: Tensor, layer: nn.Linear | nn.Conv2d) -> bool:
+    """Whether nothing but the values of weights matters to a call."""
+    weight, bias = layer.weight, layer.bias
+    return (
+        x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype
         and x.dtype in DTYPES
-        and type(layer) is kind
-        and not layer.weight.requires_grad
+        and not weight.requires_grad
+        and (bias is None or (bias.is_contiguous() and not bias.requires_grad))
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         and not (x.requires_grad and torch.is_grad_enabled())
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
+        and (torch.compiler.is_compiling() or not _watched(x, layer))
     )
 
 
-def _recorded() -> bool:
-    """Whether a graph is made of this call: one of an operator of our own, because the compiler
-    takes oneDNN's for weights that it has packed itself alone, and the tracer not at all.
-    """
+def _watched(x: Tensor, layer: nn.Module) -> bool:
+    """Whether somebody else has a say in a call, which compilers look after themselves."""
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return torch.compiler.is_compiling() or tracing
+    return (
+        tracing
+        or not torch.backends.mkldnn.enabled
+        or type(x) is not Tensor
+        or type(layer.weight) is not nn.Parameter
+        or "forward" in vars(layer)
+        or _has_any_global_hook()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+    )
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:

@@ -12,7 +12,17 @@ import torch
 MODULES = [
     f"tokenmodels.{name}"
     for name in (
-        *("_average", "_blocks", "_files", "_log", "_optional", "_options", "_processes", "_seeds"),
+        *(
+            "_average",
+            "_blocks",
+            "_files",
+            "_frozen",
+            "_log",
+            "_optional",
+            "_options",
+            "_processes",
+            "_seeds",
+        ),
         *("_data.mixing", "_data.order", "_data.transforms"),
         *("sit.checkpoint", "sit.config", "sit.distillation", "sit.distilled", "sit.evaluate"),
         *("sit.export", "sit.model", "sit.recipe", "sit.recovery", "sit.slimming", "sit.stem"),

@@ -54,7 +54,8 @@ def throughput(
         model: stays as it is.
         batch_size: images per batch, of the size in the config, of normal noise.
         precision: "fp32", or "bf16" or "fp16" by autocast.
-        mode: "trace" (`torch.jit.trace`, as the protocol has it), "eager" or "compile".
+        mode: "trace" (`torch.jit.trace`, as the protocol has it; of torch's own operators, which on
+            a CPU is slower than the others), "eager" or "compile".
         warm_up: seconds.
         seconds: of timing; one batch at least.
         device: "cpu", or "cuda" with a number if wanted.
