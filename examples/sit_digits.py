@@ -1,6 +1,6 @@
 """SiT on scikit-learn's digits: what a dense teacher's tokens and logits are worth to a student.
 
-Usage: python examples/sit_digits.py [--out RESULT.json] [--docs FOLDER]
+Usage: PYTHONPATH=.:python python examples/sit_digits.py [--out RESULT.json] [--docs FOLDER]
 
 A dense teacher learns from many labelled digits. Students of its shape, which keep half of the
 patch tokens at each of three slimmings, are given few of them. They learn from the labels alone, or

@@ -99,13 +99,12 @@ is no longer at hand. Of {test} test images so many are classified rightly, in %
   {validation} other images, for both alike, and so were the weights of FRD: {lambda_token:g} for
   tokens, {lambda_logits:g} for logits, temperature {temperature:g}. The last row has those for
   ImageNet: 2, 2 and 1.
-- This is a setting in which a teacher matters, and it was looked for, on those other images: with
-  several hundred labelled images, or slots that have more steps to settle, a student that begins
-  with the teacher's weights does as well from the labels alone.
+- This is a setting in which a teacher matters, and it was looked for, on those other images; others,
+  with more labels or more steps, are not shown here.
 - One test image is {image} points, and three seeds are few: a difference below a point means
   little.
 
-![validation accuracy by step](sit_digits_curves.png)
+![validation accuracy by step, from 60 % on](sit_digits_curves.png)
 
 Which patches the slots are made of, through all slimmings. In colour: the slot that takes most of a
 patch. Then what each of the last slots takes of every patch: the brighter, the more.
