@@ -150,7 +150,7 @@ def test_the_page_is_that_of_the_committed_figures(example: ModuleType) -> None:
     assert (DOCS / "sit_digits.md").read_text() == example.page(result)
     assert len(result["setup"]["seeds"]) == 3 and result["seconds"] < 8 * 60
     for name in ("sit_digits_curves.png", "sit_digits_slots.png", "sit_photograph_slots.png"):
-        assert (DOCS / name).stat().st_size <= 300_000
+        assert (DOCS / name).stat().st_size <= 400_000
 
 
 def test_the_committed_figures_show_what_distillation_is_worth() -> None:
