@@ -47,13 +47,13 @@ def hugging(name: str, **given: Any) -> Any:
     return getattr(transformers, name)(getattr(transformers, f"{kind}Config")(**shape))
 
 
-def clip() -> Any:
+def clip_with_text() -> Any:
     transformers = pytest.importorskip("transformers")
     shape = {"hidden_size": DIM, "num_hidden_layers": DEPTH, "num_attention_heads": 2}
     vision = shape | {"intermediate_size": 64, "image_size": 32, "patch_size": 8}
     text = shape | {"intermediate_size": 64, "vocab_size": 99, "max_position_embeddings": 9}
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
-    return transformers.CLIPModel(config).vision_model
+    return transformers.CLIPModel(config)
 
 
 TRANSFORMERS: dict[str, tuple[Callable[[], Any], int]] = {
@@ -62,7 +62,7 @@ TRANSFORMERS: dict[str, tuple[Callable[[], Any], int]] = {
     "classifier": (lambda: hugging("ViTForImageClassification"), 1),
     "DeiT": (lambda: hugging("DeiTModel"), 2),
     "CLIP vision": (lambda: hugging("CLIPVisionModel"), 1),
-    "CLIP": (clip, 1),
+    "CLIP": (lambda: clip_with_text().vision_model, 1),
     "SigLIP": (lambda: hugging("SiglipVisionModel"), 0),
     "DINOv2": (lambda: hugging("Dinov2Model"), 1),
     "DINOv2 registers": (lambda: hugging("Dinov2WithRegistersModel", num_register_tokens=3), 4),

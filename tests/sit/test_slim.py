@@ -16,6 +16,7 @@ from slim_hosts import (
     SHAPE,
     SLOTS,
     by_hand,
+    clip_with_text,
     hugging,
     images_of,
     lively,
@@ -51,6 +52,21 @@ def test_values_and_removal(native: None, name: str) -> None:
     with slim(model, **SHAPE):  # once more
         assert any("slimming" in key for key in model.state_dict())
     assert torch.equal(result(model, images_of()), want)
+
+
+@torch.no_grad()
+def test_clip_with_text(native: None) -> None:
+    """Whose words may be masked: the mask is not that of the patches."""
+    model = lively(clip_with_text())
+    words = {"input_ids": torch.arange(8).view(2, 4), "pixel_values": images_of()}
+    words["attention_mask"] = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    want, before = model(**words), copy.deepcopy(model.vision_model)
+    slimming = slim(model, **SHAPE)
+    expected = by_hand(before, lively(slimming), 1)
+    got = model(**words)
+    images = model.visual_projection(expected(images_of()).pooler_output)
+    torch.testing.assert_close(got.image_embeds, torch.nn.functional.normalize(images, dim=-1))
+    assert torch.equal(got.text_embeds, want.text_embeds)
 
 
 def test_blocks_one_by_one() -> None:
@@ -94,7 +110,8 @@ def test_where_and_how_many() -> None:
     assert slim(vit()).slots == {0: 8, 1: 4, 2: 2}
     assert slim(vit(), stages=[3, 1], keep=[7]).slots == {2: 7}
     assert slim(vit(), stages=(2, 2), keep=0.3).slots == {1: 4}  # 4.8 of 16
-    assert slim(vit(), stages=(2, 2), image_size=(32, 64)).slots == {1: 16}
+    slimming = slim(vit(dynamic_img_size=True), stages=(2, 2), image_size=[32, 64])
+    assert slimming.slots == {1: 16} and slimming.image_size == (32, 64)
     anywhere = {"img_size": None, "pos_embed": "none", "no_embed_class": True}
     with pytest.raises(ValueError, match="slim: image_size: allowed one, because the model is"):
         slim(vit(**anywhere), stages=(2, 2))
@@ -108,7 +125,7 @@ def test_where_and_how_many() -> None:
 def test_initial_slots() -> None:
     torch.manual_seed(0)
     for given, std in (({}, 0.02), ({"slot_std": 0.5}, 0.5)):
-        slimming = slim(vit(embed_dim=64), keep=(64, 32, 16), **given)
+        slimming = slim(vit(img_size=64), keep=(64, 32, 16), **given)
         one = slimming.slims[0]
         assert one.fc2.weight.std().item() == pytest.approx(std, rel=0.1)
         assert one.fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
@@ -234,6 +251,16 @@ def test_exported(native: None, fused: bool) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["classifier", "DeiT", "SigLIP", "DINOv2 registers"])
+def test_exported_of_transformers(native: None, name: str) -> None:
+    """Which hand their blocks a mask while they are exported."""
+    model, _, _ = slimmed(name)
+    program = torch.export.export(model, (images_of(),))
+    got, want = result(program.module(), images_of()), result(model, images_of())
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 def test_half_precision(native: None, fused: bool) -> None:
     """Within what bfloat16's eight bits make of five blocks."""
@@ -251,6 +278,17 @@ def test_half_precision(native: None, fused: bool) -> None:
     got = model.bfloat16()(images_of().bfloat16())
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), want, atol=bound, rtol=0)
+
+
+@torch.no_grad()
+def test_without_a_kernel() -> None:
+    """In float64 and without numbers, where the kernels do not run, as the slimmings come."""
+    model, slimming, expected = slimmed("class token")
+    assert all(one.fused for one in slimming.slims)
+    images, want = images_of().double(), expected.double()(images_of().double())
+    torch.testing.assert_close(model.double()(images), want, atol=1e-12, rtol=1e-12)
+    model.to("meta")
+    assert model(images.to("meta")).shape == (2, 5)
 
 
 @torch.no_grad()
@@ -289,6 +327,36 @@ def test_recorded(native: None, name: str) -> None:
     del assignments
     gc.collect()
     assert held() is None and not any(part._forward_hooks for part in model.modules())
+
+
+@torch.no_grad()
+def test_recorded_in_turn(native: None) -> None:
+    """What is recorded inside goes by what is outside, and counting costs records nothing."""
+    model, slimming, _ = slimmed("class token")
+    with slimming.record_assignments() as outer:
+        with slimming.record_assignments() as inner:
+            model(images_of())
+        assert len(inner) == 2 and not outer
+        model(images_of()[:1])
+        assert slimming.macs() < slimming.macs(dense=True)
+    assert [len(one) for one in (*outer, *inner)] == [1, 1, 2, 2]
+    assert not any(one.is_meta for one in outer)
+
+
+@torch.no_grad()
+def test_intermediates_of_timm(native: None) -> None:
+    """Slots as tokens, also by a copy; as maps again once there are no slimmings."""
+    model, slimming, _ = slimmed("registers")
+    other = copy.deepcopy(model)
+    slimming.remove()
+    maps = model.forward_intermediates(images_of(), intermediates_only=True)
+    assert [tuple(one.shape) for one in maps] == [(2, DIM, 4, 4)] * 4
+    last, slots = other.forward_intermediates(images_of(), [0, 3], output_fmt="NLC")
+    assert [tuple(one.shape) for one in slots] == [(2, 8, DIM), (2, 4, DIM)]
+    assert torch.equal(last, other.forward_features(images_of()))
+    (again,) = other.get_intermediate_layers(images_of(), 1)
+    assert torch.equal(again, slots[1])
+    assert "forward_intermediates" in vars(other) and "forward_intermediates" not in vars(model)
 
 
 @torch.no_grad()

@@ -25,6 +25,9 @@ class Host:
         dim: channels C.
         image_size: height and width that it is made for; None where it is made for any.
         grid: pixels to patches, (height, width) to (h, w).
+        fixed: whether it takes images of `image_size` alone.
+        makes_masks: whether it hands its blocks an attention mask of its own while it is exported,
+            one that hides nothing.
     """
 
     model: nn.Module
@@ -33,6 +36,8 @@ class Host:
     dim: int
     image_size: tuple[int, int] | None
     grid: Callable[[tuple[int, int]], tuple[int, int]]
+    fixed: bool = False
+    makes_masks: bool = False
 
 
 def _timm(model: Any) -> Host:
@@ -43,13 +48,17 @@ def _timm(model: Any) -> Host:
         model.num_prefix_tokens,
         model.embed_dim,
         None if embed.img_size is None else pair(embed.img_size),
-        lambda size: pair(embed.dynamic_feat_size(size)),
+        partial(_timm_grid, embed),
+        fixed=embed.img_size is not None and embed.strict_img_size,
     )
+
+
+def _timm_grid(embed: Any, size: tuple[int, int]) -> tuple[int, int]:
+    return pair(embed.dynamic_feat_size(size))
 
 
 def _transformers(model: Any, *, prefix: int, registers: bool = False) -> Host:
     config = model.config
-    height, width = pair(config.patch_size)
     if registers:
         prefix += config.num_register_tokens
     return Host(
@@ -58,8 +67,13 @@ def _transformers(model: Any, *, prefix: int, registers: bool = False) -> Host:
         prefix,
         config.hidden_size,
         pair(config.image_size),
-        lambda size: (size[0] // height, size[1] // width),
+        partial(_grid, pair(config.patch_size)),
+        makes_masks=True,
     )
+
+
+def _grid(patch: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    return size[0] // patch[0], size[1] // patch[1]
 
 
 def _layers(model: Any) -> nn.ModuleList:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokenmodels._blocks import initialise
 from tokenmodels._refuse import refusal, require_number, require_whole
-from tokenmodels.sit.hosts import Host, find, hidden, pair
-from tokenmodels.sit.slimming import SlimTokens
+from tokenmodels.sit.hosts import Host, find, hidden
+from tokenmodels.sit.slimming import SlimTokens, require_std
 
 
 def slim(
@@ -31,7 +32,11 @@ def slim(
     Class, distillation and register tokens pass by the slimmings and stay in front. The weights of
     the slimmings are new and have to be trained; they are parts of the model, under the name
     `slimming`, in `parameters()` and `state_dict()`. What else the model computes stays as it is,
-    so what needs a token per patch behind the blocks (maps of features) does not work.
+    so what needs a token per patch behind the blocks (maps of features) does not work; nor do
+    attention masks, since slots have no places among the tokens.
+
+    An optimizer that was made before does not know the new weights. A saved model is loaded into
+    one that is slimmed alike: `slim` first, then `load_state_dict`.
 
     With four equal stages, the default, slimming happens before blocks 3, 6 and 9 of the twelve of
     a DeiT, as in Haurum et al., "Which Tokens to Use? Investigating Token Reduction in Vision
@@ -43,11 +48,12 @@ def slim(
         model: a `VisionTransformer` of timm (ViT and DeiT, with a distillation token or registers,
             any pooling), or a ViT, DeiT, CLIP, SigLIP or DINOv2 vision model of transformers, or a
             model that contains one of them. Slim before `torch.compile` and before wrapping the
-            model (`DistributedDataParallel`; not `DataParallel`, whose copies share hooks).
+            model (`DistributedDataParallel`, FSDP; not `DataParallel`, whose copies share hooks).
         stages: blocks per stage, together all blocks. Patch tokens are slimmed behind the last
             block of every stage but the last. Four equal stages if not given.
         keep: the patch tokens that slimmings keep: a fraction of what was there before, counted
-            from the patches of `image_size` and truncated, or the number left behind each slimming.
+            from the patches of `image_size` and truncated, or the number left behind each slimming,
+            at most those before it.
         image_size: height and width in pixels, or one number for both, from which `keep` counts;
             that of the model if not given. Images of other sizes work where they did before, with
             as many slots.
@@ -59,7 +65,7 @@ def slim(
 
     Raises:
         TypeError: a model without such a vision transformer; values of another type.
-        ValueError: a model that is slimmed or compiled already, has more than one vision
+        ValueError: a model that is slimmed, compiled or wrapped already, has more than one vision
             transformer, or one with relative position bias, rotary positions or windows; numbers
             that do not fit.
 
@@ -76,11 +82,15 @@ def slim(
         raise ValueError(refusal("slim", "model", "one that is not slimmed", "a slimmed one"))
     if any(map(_is_compiled, model.modules())):  # its graph would go on without the slimmings
         raise ValueError(refusal("slim", "model", "one that is not compiled yet", "a compiled one"))
+    for part in model.modules():
+        if _WRAPPERS & {kind.__name__ for kind in type(part).__mro__}:  # they know no new weights
+            got = type(part).__name__
+            raise ValueError(refusal("slim", "model", "one that is not wrapped yet", got))
     if hasattr(host.model, NAME):
         raise ValueError(refusal("slim", "model", f"one without attribute {NAME}", "one with it"))
-    size = _image_size(host, image_size)
+    size = _image_size("slim", host, image_size)
     height, width = host.grid(size)
-    require_number("slim", "slot_std", slot_std, lambda x: x > 0, "above 0")
+    require_std("slim", "slot_std", slot_std)
     slots = _slots(_stages(stages, len(host.blocks)), keep, height * width)
     slimming = Slimming(host, slots, size, slot_std)
     host.model.add_module(NAME, slimming)
@@ -89,6 +99,11 @@ def slim(
 
 NAME = "slimming"
 """What the part of the model is called that holds the slimmings."""
+
+_WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+
+_MAPS = "forward_intermediates"
+"""timm's method that gives maps of features; what else gives them calls it."""
 
 
 class Slimming(nn.Module):
@@ -111,7 +126,7 @@ class Slimming(nn.Module):
         self.dim, self.prefix = host.dim, host.prefix
         self.tokens_after = _tokens_after(slots, len(host.blocks), self.patches)
         self.slims = nn.ModuleList()
-        self._host = (host.model,)  # no part of this one, whose part this one is
+        self._host = host  # no part of this one, whose part this one is
         self._assignments: list[Tensor] | None = None
         self._passing = False
         self._hooks = []
@@ -124,17 +139,47 @@ class Slimming(nn.Module):
             self.slims.append(one.to(like))
             # A bound method, and no closure, so that a copy of the model runs its own slimmings.
             hook = partial(self._slim, index)
-            self._hooks.append(host.blocks[block].register_forward_hook(hook, with_kwargs=True))
+            self._hooks.append(host.blocks[block].register_forward_hook(hook))
+        masked: list[tuple[nn.Module, Callable[..., Any]]]
+        masked = [(part, self._unmask) for part in [*host.blocks][min(slots) :]]
+        if host.makes_masks:
+            masked.append((host.model, self._judge))
+        for part, check in masked:
+            self._hooks.append(part.register_forward_pre_hook(check, with_kwargs=True))
+        if hasattr(host.model, _MAPS):
+            setattr(host.model, _MAPS, self._intermediates)
         self.train(host.model.training)
 
-    def _slim(self, index: int, _block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def _judge(self, _model: nn.Module, _args: Any, kwargs: Any) -> None:
+        """Before the model: no attention mask may be given."""
+        if not self._passing and (mask := kwargs.get("attention_mask")) is not None:
+            _refuse_mask(tuple(mask.shape))
+
+    def _unmask(self, _block: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Before a block from the first slimming on: no mask, but for one that nobody gave."""
+        masks = [tuple(x.shape) for x in (*args[1:], *kwargs.values()) if isinstance(x, Tensor)]
+        if self._passing or not (masks or kwargs.get("is_causal")):
+            return None
+        if not (self._host.makes_masks and torch.compiler.is_exporting()):
+            _refuse_mask(masks or "causal")
+        rest = (None if isinstance(x, Tensor) else x for x in args[1:])
+        named = {key: None if isinstance(x, Tensor) else x for key, x in kwargs.items()}
+        return (args[0], *rest), named
+
+    def _intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own `forward_intermediates` where it need not make maps of slots."""
+        method = getattr(type(self._host.model), _MAPS)
+        given = inspect.signature(method).bind(self._host.model, *args, **kwargs)
+        given.apply_defaults()
+        if given.arguments["output_fmt"] != "NLC":
+            allowed = "NLC (of get_intermediate_layers reshape=False): slots are no map"
+            raise ValueError(refusal("slim", "output_fmt", allowed, given.arguments["output_fmt"]))
+        return method(*given.args, **given.kwargs)
+
+    def _slim(self, index: int, _block: nn.Module, _args: Any, output: Any) -> Any:
         """What follows a block: its output with fewer patch tokens."""
         if self._passing:
             return output
-        masks = [tuple(x.shape) for x in (*args[1:], *kwargs.values()) if isinstance(x, Tensor)]
-        if masks or kwargs.get("is_causal"):
-            allowed = "none: slots have no places among the tokens"
-            raise ValueError(refusal("slim", "attention mask", allowed, masks or "causal"))
         x = hidden(output)
         patches = x[:, self.prefix :]
         if self._assignments is not None:
@@ -153,9 +198,11 @@ class Slimming(nn.Module):
         """Takes the slimmings out: the model is what it was before. A second time does nothing."""
         for hook in self._hooks:
             hook.remove()
-        (host,) = self._host
-        if getattr(host, NAME, None) is self:
-            delattr(host, NAME)
+        model = self._host.model
+        if getattr(model, NAME, None) is self:
+            delattr(model, NAME)
+            if _MAPS in vars(model):
+                delattr(model, _MAPS)
 
     def __enter__(self) -> Slimming:
         return self
@@ -171,16 +218,17 @@ class Slimming(nn.Module):
         take them. Afterwards nothing holds them but the list. For a model that is not compiled; in
         one that recomputes activations for gradients, without gradients.
         """
+        before = self._assignments
         self._assignments = recorded = list[Tensor]()
         try:
             yield recorded
         finally:
-            self._assignments = None
+            self._assignments = before
 
     def set_fused(self, fused: bool) -> Slimming:
         """Runs the slimmings as one kernel each, or (False) in plain PyTorch; returns itself.
 
-        Plain PyTorch knows float64 and can be given to run-times that know torch's operators only.
+        Plain PyTorch can be given to run-times that know torch's operators only.
         """
         for one in self.slims:
             one.fused = fused  # type: ignore[assignment]
@@ -204,43 +252,51 @@ class Slimming(nn.Module):
         Args:
             image_size: of the image; `self.image_size` if not given.
             dense: without the slimmings.
+
+        Raises:
+            TypeError, ValueError: an `image_size` that `slim` would refuse.
         """
-        (host,) = self._host
+        size, host = self.image_size, self._host.model
+        if image_size is not None:
+            size = _image_size("Slimming.macs", self._host, image_size)
         weights = {
             name: value.to("meta")
             for name, value in chain(host.named_parameters(), host.named_buffers())
         }
         embedding = next(value for value in weights.values() if value.ndim == 4)
-        size = self.image_size if image_size is None else pair(image_size)
         images = embedding.new_empty((1, embedding.shape[1], *size))
-        fused = [one.fused for one in self.slims]
-        self._passing = dense
-        self.set_fused(False)
+        recorded, self._assignments, self._passing = self._assignments, None, dense
         try:
             with FlopCounterMode(display=False) as counter:
                 torch.func.functional_call(host, weights, (images,))
         finally:
-            self._passing = False
-            for one, was in zip(self.slims, fused, strict=True):
-                one.fused = was
+            self._assignments, self._passing = recorded, False
         return counter.get_total_flops() // 2
+
+
+def _refuse_mask(got: Any) -> NoReturn:
+    allowed = "none: slots have no places among the tokens"
+    raise ValueError(refusal("slim", "attention mask", allowed, got))
 
 
 def _is_compiled(part: Any) -> bool:
     return type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None
 
 
-def _image_size(host: Host, given: int | tuple[int, int] | None) -> tuple[int, int]:
+def _image_size(where: str, host: Host, given: Any) -> tuple[int, int]:
     if given is None:
         if host.image_size is None:
             allowed = "one, because the model is made for any"
-            raise ValueError(refusal("slim", "image_size", allowed, None))
+            raise ValueError(refusal(where, "image_size", allowed, None))
         return host.image_size
-    sizes = given if isinstance(given, tuple) else (given, given)
+    sizes = tuple(given) if isinstance(given, tuple | list) else (given, given)
     if len(sizes) != 2:
-        raise ValueError(refusal("slim", "image_size", "one size or (height, width)", given))
+        raise ValueError(refusal(where, "image_size", "one size or (height, width)", given))
     for size in sizes:
-        require_whole("slim", "image_size", size)
+        require_whole(where, "image_size", size)
+    if host.fixed and sizes != host.image_size:
+        allowed = f"{host.image_size}, because the model takes no other"
+        raise ValueError(refusal(where, "image_size", allowed, sizes))
     return sizes
 
 
@@ -264,8 +320,14 @@ def _slots(stages: tuple[int, ...], keep: float | Sequence[int], patches: int) -
     """Block index → patch tokens that are left behind it."""
     ends = [end - 1 for end in accumulate(stages)][:-1]
     if isinstance(keep, tuple | list):
-        for count in keep:
+        for count, before in zip(keep, (patches, *keep), strict=False):
+            if isinstance(count, float):
+                allowed = "ints, or one fraction that serves every slimming"
+                raise TypeError(refusal("slim", "keep", allowed, tuple(keep)))
             require_whole("slim", "keep", count)
+            if count > before:
+                allowed = f"at most {before}, the tokens before it"
+                raise ValueError(refusal("slim", "keep", allowed, count))
         if len(keep) != len(ends):
             allowed = f"one number per slimming, {len(ends)}"
             raise ValueError(refusal("slim", "keep", allowed, tuple(keep)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,8 +30,9 @@ class SlimTokens(nn.Module):
         hidden: channels of the projection; C // 2 if not given.
 
     Attributes:
-        fused: True runs `tokenkernels.slim_tokens`; False plain PyTorch, which also knows float64
-            and is what other run-times than torch can be given.
+        fused: True runs `tokenkernels.slim_tokens`, but plain PyTorch for tokens in float64 or on
+            the meta device, which the kernels do not know; False always plain PyTorch, which is
+            what other run-times than torch can be given.
 
     Example:
         >>> SlimTokens(384, 98)(torch.randn(2, 196, 384)).shape
@@ -49,7 +51,7 @@ class SlimTokens(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, C) → (B, M, C)."""
-        if not self.fused:
+        if not self.fused or tokens.dtype == torch.float64 or tokens.device.type == "meta":
             return self.assignment(tokens).to(tokens.dtype) @ tokens
         return tk.slim_tokens(
             tokens,
@@ -83,7 +85,7 @@ class SlimTokens(nn.Module):
             std: standard deviation of the slot projection's weights.
 
         Raises:
-            ValueError: not above 0.
+            ValueError: not above 0, or not finite.
 
         Example:
             >>> slim, tokens = SlimTokens(64, 4), torch.randn(1, 16, 64)
@@ -94,7 +96,7 @@ class SlimTokens(nn.Module):
             >>> slim.assignment(tokens).max() > 0.2
             tensor(True)
         """
-        require_number("SlimTokens.spread", "std", std, lambda x: x > 0, "above 0")
+        require_std("SlimTokens.spread", "std", std)
         nn.init.normal_(self.fc2.weight, std=std)
 
     @torch.no_grad()
@@ -103,6 +105,11 @@ class SlimTokens(nn.Module):
         self.fc2.weight.mul_(self.logit_scale)
         self.fc2.register_parameter("bias", None)
         self.logit_scale.fill_(1.0)
+
+
+def require_std(where: str, argument: str, value: float) -> None:
+    """Raises unless `value` is a standard deviation above 0; see `require_number`."""
+    require_number(where, argument, value, lambda x: 0 < x < math.inf, "above 0, finite")
 
 
 def compose(assignments: Sequence[Tensor]) -> Tensor:
