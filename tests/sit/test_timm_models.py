@@ -67,6 +67,24 @@ def test_arguments() -> None:
     assert model.num_features == model.head_hidden_size == 320
 
 
+def test_arguments_that_change_nothing() -> None:
+    rates = ("pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate")
+    given = dict.fromkeys(rates, 0.0) | {"dynamic_img_size": True, "strict_img_size": False}
+    model = timm.create_model("sit_tiny", device="meta", dtype=torch.bfloat16, **given)
+    assert model.config == SiTConfig.variant("sit_tiny")
+    assert {(one.device.type, one.dtype) for one in model.parameters()} == {
+        ("meta", torch.bfloat16)
+    }
+    images = torch.empty(1, 3, 224, 224, device="meta", dtype=torch.bfloat16)
+    assert model(images).shape == (1, 1000) and all(one.fused for one in model.slims)
+    for name, value, text in (
+        ("dynamic_img_size", False, "True alone"),
+        ("attn_drop_rate", 0.1, "0.0 alone"),
+    ):
+        with pytest.raises(ValueError, match=f"sit_tiny: {name}: allowed {text}, got {value}"):
+            timm.create_model("sit_tiny", **{name: value})
+
+
 @torch.no_grad()
 def test_head_and_features(native: None) -> None:
     model = TimmSiT(SMALL).eval()
@@ -96,6 +114,15 @@ def test_intermediates(native: None) -> None:
     assert [tuple(one.shape) for one in maps] == [(2, 16, 4, 4)] * 2
     want = unpool(model.norm(got.tokens[3]), got.assignments)
     assert torch.equal(maps[1].flatten(2).transpose(1, 2), want)
+    named = model.forward_intermediates(_images(), [0, -1], norm=True, output_dict=True)
+    assert list(named) == ["image_intermediates", "image_features"]
+    assert torch.equal(named["image_features"], last)
+    assert all(map(torch.equal, named["image_intermediates"], maps))
+    modules = [one["module"] for one in model.feature_info]
+    assert modules == ["blocks.0", "blocks.2", "blocks.3"]
+    for wrong in ("all", [0.0], True):
+        with pytest.raises(TypeError, match="SiT: indices: allowed an int or a list"):
+            model.forward_intermediates(_images(), wrong)
     for given in ({"return_prefix_tokens": True}, {"output_fmt": "NHWC"}, {"indices": [3]}):
         with pytest.raises(ValueError, match=f"SiT: {next(iter(given))}: allowed"):
             model.forward_intermediates(_images(), **given)
@@ -145,6 +172,17 @@ def test_training_tools(native: None) -> None:
     create_optimizer_v2(model, opt="adamw", lr=1e-3, layer_decay=0.7)
     model(_images()).square().sum().backward()
     optimizer.step()
+
+
+def test_layers_of_learning_rates() -> None:
+    """A slimming learns as fast as the block before it."""
+    from timm.models import group_parameters
+
+    model = TimmSiT(SMALL)
+    groups = group_parameters(model, model.group_matcher(), reverse=True)
+    for slim, block in enumerate(SMALL.slim_after):
+        assert groups[f"slims.{slim}.fc2.weight"] == groups[f"blocks.{block}.attn.qkv.weight"]
+    assert groups["stem.convs.0.weight"] == 0 and groups["head.weight"] == max(groups.values())
 
 
 @torch.no_grad()

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokenmodels._blocks import initialise
@@ -47,8 +49,8 @@ class TimmSiT(SiT):
         super().__init__(config, training_parts=training_parts)
         self.num_features = self.head_hidden_size = self.embed_dim = config.embed_dim
         self.feature_info = [
-            {"num_chs": config.embed_dim, "reduction": PATCH, "module": f"stages.{stage}"}
-            for stage in range(len(config.stages))
+            {"num_chs": config.embed_dim, "reduction": PATCH, "module": f"blocks.{end - 1}"}
+            for end in accumulate(config.stages)
         ]
 
     @property
@@ -61,9 +63,12 @@ class TimmSiT(SiT):
         return {"cls_token", "pos_embed", "dist_token", "dist_pos_embed"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns of names, from the image to the head, for learning rates by depth."""
+        """Patterns of names, from the image to the head, for learning rates by depth; a slimming
+        belongs to the block before it.
+        """
         stem = r"^stem|^cls_token|^pos_embed|^dist_token|^dist_pos_embed"
-        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+        slims = [(rf"^slims\.{i}\.", (end,)) for i, end in enumerate(self.config.slim_after)]
+        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), *slims, (r"^norm", (99999,))]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """See `SiT.set_recompute`."""
@@ -104,6 +109,7 @@ class TimmSiT(SiT):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        output_dict: bool = False,
     ) -> Any:
         """Patch tokens at the end of stages.
 
@@ -116,9 +122,12 @@ class TimmSiT(SiT):
             output_fmt: "NCHW" gives maps, slots brought back to the patches they came from (see
                 `unpool`); "NLC" the slots.
             intermediates_only: without what `forward_features` gives.
+            output_dict: under names, `image_intermediates` and `image_features`, and no longer a
+                list or a pair.
 
         Raises:
-            ValueError: another format; prefix tokens.
+            ValueError: another format; prefix tokens; stages that are not there.
+            TypeError: indices that are no integers.
         """
         if return_prefix_tokens:
             allowed = "False: they are in what forward_features gives"
@@ -137,7 +146,11 @@ class TimmSiT(SiT):
                 one = unpool(one, assignments[:i]) if assignments[:i] else one
                 one = one.transpose(1, 2).unflatten(2, grid)
             features.append(one)
-        return features if intermediates_only else (self.norm(last), features)
+        named = {"image_intermediates": features}
+        if intermediates_only:
+            return named if output_dict else features
+        last = self.norm(last)
+        return named | {"image_features": last} if output_dict else (last, features)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -186,16 +199,18 @@ def renamed(weights: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
         if name in ours or name in names or not name.startswith(training)
     }
     for name, value in found.items():
-        if name.endswith(".logit_scale"):
+        if name.endswith(".logit_scale") and value.numel() == 1:
             found[name] = value.reshape(())
     return found
 
 
-def _taken(stages: int, indices: int | Sequence[int] | None) -> list[int]:
+def _taken(stages: int, indices: Any) -> list[int]:
     """Stages counted from the first: all, the last so many, or those of a list."""
     if indices is None:
         return list(range(stages))
-    chosen = range(-indices, 0) if isinstance(indices, int) else indices
+    chosen = range(-indices, 0) if type(indices) is int else indices
+    if not isinstance(chosen, Sequence) or not all(type(one) is int for one in chosen):
+        raise TypeError(refusal("SiT", "indices", "an int or a list of them", repr(indices)))
     if not chosen or not all(-stages <= one < stages for one in chosen):
         raise ValueError(refusal("SiT", "indices", f"of {stages} stages", indices))
     return [one % stages for one in chosen]
@@ -204,6 +219,13 @@ def _taken(stages: int, indices: int | Sequence[int] | None) -> list[int]:
 def _require_token(where: str, global_pool: str | None) -> None:
     if global_pool not in (None, "", "token"):
         raise ValueError(refusal(where, "global_pool", "token", repr(global_pool)))
+
+
+_ALONE: dict[str, Any] = {"dynamic_img_size": True, "strict_img_size": False} | dict.fromkeys(
+    ("pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"), 0.0
+)
+"""Arguments of timm's vision transformers → what they are for every SiT, which has no choice there.
+"""
 
 
 def _build(
@@ -216,14 +238,23 @@ def _build(
     drop_path_rate: float = 0.0,
     drop_rate: float = 0.0,
     global_pool: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **others: Any,
 ) -> TimmSiT:
     """A model from timm's names for what a config holds."""
     _require_token(variant, global_pool)
     if drop_rate:
         raise ValueError(refusal(variant, "drop_rate", "0: use drop_path_rate", drop_rate))
+    for name, value in others.items():
+        if name not in _ALONE:
+            raise TypeError(refusal(variant, name, "none: SiT has no such argument", repr(value)))
+        if value != _ALONE[name]:
+            raise ValueError(refusal(variant, name, f"{_ALONE[name]} alone", repr(value)))
     size = tuple(img_size) if isinstance(img_size, list) else img_size
     config = SiTConfig.variant(variant, dense=dense, image_size=size, num_classes=num_classes)
-    return TimmSiT(replace(config, in_channels=in_chans, drop_path=drop_path_rate))
+    model = TimmSiT(replace(config, in_channels=in_chans, drop_path=drop_path_rate))
+    return model.to(device=device, dtype=dtype)
 
 
 def _create(name: str, variant: str, dense: bool, pretrained: bool, **given: Any) -> nn.Module:
