@@ -24,6 +24,19 @@ or peers.
 """
 HUNG_MODEL = 240.0
 """The same where whole networks are compiled."""
+MODELS = (
+    "bench/bench_models.py",
+    "bench/gpu/models.py",
+    "bench/gpu/timing.py",
+    "bench/official_sit.py",
+    "csrc/cuda/*",
+    "python/tokenmodels/_blocks.py",
+    "python/tokenmodels/_frozen.py",
+    "python/tokenmodels/sit/*.py",
+    "tokenkernels/ops/*.py",
+    "tokenkernels/triton/*.py",
+)
+"""What the figures of whole networks rest on."""
 
 
 class Job:
@@ -70,8 +83,12 @@ def machine(job: Job) -> None:
     _measure_roofs(job, min(2.0 if job.dry else 25.0, job.left() / 2))
 
 
+def _roofs_state() -> str:
+    return store.digest([f"bench/gpu/{name}.py" for name in ("roofs", "rates", "timing")])
+
+
 def _measure_roofs(job: Job, seconds: float) -> None:
-    state = store.digest([f"bench/gpu/{name}.py" for name in ("roofs", "rates", "timing")])
+    state = _roofs_state()
     if not job.store.has("roofs", state):
         job.attempt("roofs", state, lambda: {"roof": roofs.measure(seconds)})
 
@@ -136,10 +153,11 @@ def _measured(job: Job, compiled: bool) -> None:
 
 
 def _roof(job: Job) -> dict[str, Any]:
-    """As measured before, else now; where that fails, cells go without a limit."""
+    """As measured before in the same way, else now; where that fails, cells go without a limit."""
+    state = _roofs_state()
     for _ in range(2):
         for cell in store.load([job.folder / "gpu.jsonl"]):
-            if cell["cell"] == "roofs" and cell.get("roof"):
+            if (cell["cell"], cell["hash"]) == ("roofs", state) and cell.get("roof"):
                 return dict(cell["roof"])
         _measure_roofs(job, min(10.0, job.left() / 4))
     return {}
@@ -165,8 +183,7 @@ def models(job: Job) -> None:
     """SiT dense and slimmed on this device, as its authors formulated it and as we run it."""
     from bench.gpu import models as slimmed
 
-    read = ("python/tokenmodels/sit/*.py", "python/tokenmodels/_blocks.py", "bench/official_sit.py")
-    state = store.digest([*read, "tokenkernels/triton/*.py"])
+    state = store.digest(MODELS)
     for name, run in slimmed.cells(job.dry):
         if not job.wants(name) or job.store.has(name, state):
             continue
