@@ -72,10 +72,14 @@ class Cell:
         """What it will take, by the rate of products (multiply-accumulates/s) in its dtype."""
         macs = sum(config.macs() for config in self.configs) * self.batch
         calls = len(FORMS) * len(self.kinds) * (ROUNDS[0] + 3)
-        depth = 2 * self.configs[0].depth
         work = calls * macs * SLACK / rates[self.dtype]
-        compiling = len(FORMS) * depth * compile_block if "compiled" in self.kinds else 0.0
-        return work + compiling + depth * SETUP * (self.configs[0].embed_dim / 384) ** 2
+        compiling = self.blocks() * compile_block if "compiled" in self.kinds else 0.0
+        setup = 2 * self.configs[0].depth * SETUP * (self.configs[0].embed_dim / 384) ** 2
+        return work + compiling + setup
+
+    def blocks(self) -> int:
+        """Of all networks that one kind runs."""
+        return len(FORMS) * sum(config.depth for config in self.configs)
 
     def __str__(self) -> str:
         return f"{self.name} batch {self.batch} {self.dtype} {' and '.join(self.kinds)}"
@@ -107,7 +111,7 @@ def measure(cells: Sequence[Cell], seconds: float) -> list[Record]:
     the latter: the share of the theoretical saving that arrives. `than official` is over the time
     of the official formulation of the same kind. A cell that is left out has a record that says
     why in `left out`, one that failed, as where the logits of a build are not the official
-    formulation's, in `failed`.
+    formulation's, in `failed`. Other work took `others_percent` of one processor meanwhile.
     """
     settings.keep_freed_memory()
     end = time.perf_counter() + seconds
@@ -126,9 +130,9 @@ def measure(cells: Sequence[Cell], seconds: float) -> list[Record]:
                 found.append(_without(cell, "failed", rows))
             else:
                 found += rows
-                took = [row["compiled in s"] for row in rows if row["compiled in s"]]
-                if took:
-                    compile_block = max(took) / cell.configs[0].depth
+                if "compiled" in cell.kinds:
+                    took = sum(row["compiled in s"] or 0.0 for row in rows)
+                    compile_block = took / cell.blocks()
                 bar.console.print(f"{cell}: {_line(rows)}")
             settings.give_back_memory()
             bar.advance(task)
@@ -200,13 +204,16 @@ def _measured(cell: Cell) -> list[Record]:
                     compiled[form, kind, slim] = time.perf_counter() - start
                     calls[form, kind, slim] = partial(function, images)
         errors = check(forms, calls, exact, dtype)
+        others = timing.Others()
         samples = timing.alternate(calls, 2.0, ROUNDS, slow=math.inf)
+        disturbed = others.percent()
     times = {key: statistics.median(values) for key, values in samples.items()}
     rows = list(records(cell.name, cell.dtype, cell.batch, times))
     for key, row in zip(times, rows, strict=True):
         row["compiled in s"] = compiled[key] if key[1] == "compiled" else ""
         row["error"] = f"{errors[key]:.1e}"
         row["samples"] = len(samples[key])
+        row["others_percent"] = disturbed
     return rows
 
 
@@ -289,7 +296,7 @@ def _line(rows: list[Record]) -> str:
 
 def _rate(dtype: torch.dtype) -> float:
     """Multiply-accumulates/s of the fastest large product."""
-    if dtype == torch.float16 and not torch.cuda.is_available():
+    if dtype == torch.float16:
         return _rate(torch.float32) / 2  # computed in float32 by most processors
     took = timing.alternate(roofline.product_calls(dtype), 0.5, (3, 10))
     return float(roofline.PRODUCT**3 / min(map(min, took.values())))

@@ -96,9 +96,9 @@ def measure(seconds: float = 20.0) -> Roof:
     """
     per_size = 0.3 * seconds / len(SIZES)
     pool = torch.ones(max(FORGOTTEN, *SIZES) // 4)
-    warm = [_bandwidth(pool[: size // 4], size, per_size) for size in SIZES]
+    warm = [_bandwidth(pool[: size // 4], size, per_size, cold=False) for size in SIZES]
     cold = [
-        _bandwidth(pool[: FORGOTTEN // 4], size, per_size) if size < FORGOTTEN else known
+        _bandwidth(pool[: FORGOTTEN // 4], size, per_size, cold=True) if size < FORGOTTEN else known
         for size, known in zip(SIZES, warm, strict=True)
     ]
     del pool
@@ -157,11 +157,11 @@ def _by_size(found: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     }
 
 
-def _bandwidth(pool: torch.Tensor, size: int, seconds: float) -> dict[str, float]:
-    """Of inputs that rotate through the pool; of one again and again where it holds one."""
+def _bandwidth(pool: torch.Tensor, size: int, seconds: float, *, cold: bool) -> dict[str, float]:
+    """Of inputs that rotate through the whole pool where they are to be cold, else of its first."""
 
     def turning(function: Callable[..., Any], width: int) -> Callable[[], Any]:
-        count = pool.nbytes // size
+        count = pool.nbytes // width if cold else 1
         parts = pool[: count * width // 4].view(count, -1)
         calls = itertools.cycle([partial(function, part) for part in parts])
         return lambda: next(calls)()

@@ -14,6 +14,7 @@ from typing import Any
 
 import cuda_on_host
 import pytest
+import torch
 
 from bench import plots, predictions, report, roofline
 from bench.gpu import report as gpu_report
@@ -74,6 +75,24 @@ def test_the_roofs_of_this_machine_keep_cold_and_warm_apart(
     assert all(rate > 0 for rate in rates)
 
 
+@pytest.mark.parametrize("cold", [False, True])
+def test_cold_inputs_rotate_among_all_that_caches_forget(
+    cold: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, int] = {}
+    clone = torch.clone
+
+    def seeing(part: torch.Tensor) -> torch.Tensor:
+        seen[part.data_ptr()] = part.nbytes
+        return clone(part)
+
+    monkeypatch.setattr(torch, "clone", seeing)
+    size = roofline.MIB // 8
+    roofline._bandwidth(torch.ones(roofline.MIB // 4), size, 0.5, cold=cold)
+    assert set(seen.values()) == {size // 2}
+    assert sum(seen.values()) == (roofline.MIB if cold else size // 2)
+
+
 def test_committed_predictions_are_those_of_the_model() -> None:
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -107,26 +126,32 @@ def test_no_prediction_is_below_its_own_floor() -> None:
         assert row.predicted_us >= 0.999e6 * floor, row.cell
 
 
-def gpu_cell(row: predictions.Prediction, us: float) -> dict[str, Any]:
+def timed(row: predictions.Prediction, us: float) -> list[dict[str, Any]]:
     ours = {"contender": row.backend, "role": "ours", "failed": "", "ms": us / 1e3}
     ours |= {"warm_ms": us / 2e3, "limit_ms": us / 2e3, "warm_limit_ms": us / 4e3, "how": "graph"}
     ours |= {"roof_percent": 50.0, "warm_roof_percent": 50.0, "eager_ms": 0.02, "launches": 1}
     ours |= {"extra_bytes": 0, "bytes": row.bytes, "flops": row.flops, "times_fastest_peer": 2.0}
     peer = ours | {"contender": "eager", "role": "peer", "ms": us / 500}
-    return {"section": "bench", "cell": row.cell, "hash": "", "rows": [ours, peer]}
+    return [ours, peer]
 
 
 def test_outcomes_stand_beside_predictions(tmp_path: Path) -> None:
     rows = [row for row in predictions.known() if not row.gradient]
     roof = {"section": "machine", "cell": "roofs", "hash": "", "roof": ROOF}
-    lines = [roof, *(gpu_cell(row, 1.5 * row.predicted_us) for row in rows)]
+    slower = {"native": 1.5, "triton": 3.0}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row.cell, []).extend(timed(row, slower[row.backend] * row.predicted_us))
+    common = {"section": "bench", "hash": ""}
+    lines = [roof, *(common | {"cell": cell, "rows": found[cell]} for cell in found)]
     (tmp_path / "gpu.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     gpu_report.write(tmp_path)
     cells = gpu_report.store.load([tmp_path / "gpu.jsonl"])
     (table,) = gpu_report.ops(cells)
     place = table.columns.index("µs / predicted")
-    assert len(table.rows) == len({row.cell for row in rows})
-    assert {line[place] for line in table.rows} == {"1.50"}
+    assert len(table.rows) == len(rows) == 2 * len(found)
+    ratios = {(line[table.columns.index("backend")], line[place]) for line in table.rows}
+    assert ratios == {("native", "1.50"), ("triton", "3.00")}
     page = (tmp_path / "gpu.html").read_text()
     assert 'class="roofline"' in page and 'class="peers"' in page and "× 2.00" in page
 

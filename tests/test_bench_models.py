@@ -63,6 +63,25 @@ def test_what_is_left_out_says_why() -> None:
     assert not bench.failures(rows)
 
 
+def test_a_compilation_is_expected_to_last_as_long_as_the_one_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once a cell is known, all of what it took, no more, is charged to one like it."""
+    asked: list[float] = []
+    seconds = bench.Cell.seconds
+
+    def noted(cell: bench.Cell, rates: dict[str, float], compile_block: float) -> float:
+        asked.append(seconds(cell, rates, compile_block) - seconds(cell, rates, 0.0))
+        return 0.0
+
+    rows = [{"realised": "", "build": "", "compiled in s": took} for took in (9.0, 3.0, 1.0, 2.0)]
+    monkeypatch.setattr(bench.Cell, "seconds", noted)
+    monkeypatch.setattr(bench, "_attempt", lambda cell: rows)
+    bench.measure([bench.Cell("small", 1, "float32", ("compiled",))] * 2, 600.0)
+    assert asked[0] == pytest.approx(4 * 4 * bench.COMPILE)
+    assert asked[1] == pytest.approx(15.0)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_cell_is_measured(dtype: str) -> None:
     rows = bench.measure([bench.Cell("small", 2, dtype, ("eager",))], 600.0)
@@ -73,6 +92,7 @@ def test_a_cell_is_measured(dtype: str) -> None:
         ("small", "ours, eager"),
     ]
     assert all(row["ms"] > 0 and row["dtype"] == dtype for row in rows)
+    assert all(row["others_percent"] is None or row["others_percent"] >= 0 for row in rows)
     (table,) = bench.tables_of(rows)
     assert len(table.rows) == 4 and "realised" in table.columns
 
