@@ -99,8 +99,8 @@ is no longer at hand. Of {test} test images so many are classified rightly, in %
   {validation} other images, for both alike, and so were the weights of FRD: {lambda_token:g} for
   tokens, {lambda_logits:g} for logits, temperature {temperature:g}. The last row has those for
   ImageNet: 2, 2 and 1.
-- This is a setting in which a teacher matters, and it was looked for, on those other images; others,
-  with more labels or more steps, are not shown here.
+- This is a setting in which a teacher matters, and it was looked for, on those other images;
+  others, with more labels or more steps, are not shown here.
 - One test image is {image} points, and three seeds are few: a difference below a point means
   little.
 

@@ -18,7 +18,7 @@ UNROLLED = tl.constexpr(16)
 SMALL = 2.0**-10
 FACTOR, ADDEND = tl.constexpr(1 + SMALL), tl.constexpr(SMALL)
 TOLERANCE = 3e-4
-"""A fifth and less of what one step more or less changes, in whichever chain."""
+"""A quarter and less of what one step more or less changes, in whichever chain."""
 
 
 @triton.jit
