@@ -9,6 +9,7 @@ from pathlib import Path
 import cuda_on_host
 import pytest
 import torch
+from torch import library
 
 from tokenkernels import _native, ops
 
@@ -21,7 +22,7 @@ ops.load()
 torch.set_num_threads(2)
 
 
-def _admit_torchvision() -> torch.library.Library | None:
+def _admit_torchvision() -> library.Library | None:
     """A torchvision made for CUDA asks, when imported, for two operators that its own object would
     have defined, had torch been able to load it.
     """
@@ -30,10 +31,10 @@ def _admit_torchvision() -> torch.library.Library | None:
         return None
     if "+cu" not in Path(str(spec.origin)).with_name("version.py").read_text():
         return None
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    operators = library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
+        operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return operators
 
 
 TORCHVISION = _admit_torchvision()

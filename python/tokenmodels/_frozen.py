@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -125,7 +125,7 @@ def _behind(gelu: bool) -> tuple[str, list[float], str]:
     return ("gelu", [], "none") if gelu else ("none", [], "")
 
 
-_LIBRARY = torch.library.Library("tokenmodels", "DEF")
+_LIBRARY = library.Library("tokenmodels", "DEF")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, bool gelu) -> Tensor")
 _LIBRARY.define(
     "convolution(Tensor x, Tensor weight, Tensor? bias, int[] padding, int[] stride, bool gelu)"
@@ -133,4 +133,4 @@ _LIBRARY.define(
 )
 for _name, _function in (("linear", _linear), ("convolution", _convolution)):
     _LIBRARY.impl(_name, _function, "CPU")
-    torch.library.register_fake(f"tokenmodels::{_name}", _function, lib=_LIBRARY)
+    library.register_fake(f"tokenmodels::{_name}", _function, lib=_LIBRARY)
