@@ -167,7 +167,9 @@ def test_the_committed_figures_show_what_distillation_is_worth() -> None:
 def test_slots_are_not_spread_by_nothing() -> None:
     slim = SlimTokens(16, 4)
     for std in (0.0, -1.0, float("inf")):
-        with pytest.raises(ValueError, match=r"SlimTokens\.spread: std: allowed above 0, finite, got"):
+        with pytest.raises(
+            ValueError, match=r"SlimTokens\.spread: std: allowed above 0, finite, got"
+        ):
             slim.spread(std)
     with pytest.raises(TypeError, match=r"SlimTokens\.spread: std: allowed a number, got"):
         slim.spread("wide")
