@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from tokenmodels._data.transforms import MEAN, STD
 from torch import Tensor
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def photographs(batch: int, size: int = 224) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from types import MappingProxyType
@@ -185,21 +185,12 @@ class SiTConfig:
     @property
     def slim_after(self) -> dict[int, int]:
         """Block index → patch tokens that are left behind it; empty for the dense teacher."""
-        if self.dense:
-            return {}
-        ends = [end - 1 for end in accumulate(self.stages)][:-1]
-        if isinstance(self.keep, tuple):
-            return dict(zip(ends, self.keep, strict=True))
-        return {end: int(self.patches * self.keep ** (i + 1)) for i, end in enumerate(ends)}
+        return {} if self.dense else slots_after(self.stages, self.keep, self.patches)
 
     @property
     def tokens_after(self) -> tuple[int, ...]:
         """Patch tokens that each block leaves, behind the slimming where one follows it."""
-        left, counts = self.patches, []
-        for block in range(self.depth):
-            left = self.slim_after.get(block, left)
-            counts.append(left)
-        return tuple(counts)
+        return tokens_after(self.slim_after, self.depth, self.patches)
 
     @property
     def stem_layers(self) -> tuple[tuple[int, int], ...]:
@@ -234,6 +225,23 @@ def grid_of(image_size: int | tuple[int, int]) -> tuple[int, int]:
     """Patches down and across an image, of whose last ones a part may lie outside."""
     height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
     return -(-height // PATCH), -(-width // PATCH)
+
+
+def slots_after(stages: Sequence[int], keep: float | Sequence[int], patches: int) -> dict[int, int]:
+    """Block index → patch tokens that are left behind it, for `keep` as in `SiTConfig`."""
+    ends = [end - 1 for end in accumulate(stages)][:-1]
+    if isinstance(keep, float | int):
+        return {end: int(patches * keep ** (i + 1)) for i, end in enumerate(ends)}
+    return dict(zip(ends, keep, strict=True))
+
+
+def tokens_after(slots: Mapping[int, int], depth: int, patches: int) -> tuple[int, ...]:
+    """Patch tokens that each block leaves, behind the slimming where one follows it."""
+    left, counts = patches, []
+    for block in range(depth):
+        left = slots.get(block, left)
+        counts.append(left)
+    return tuple(counts)
 
 
 VARIANTS: Mapping[str, SiTConfig] = MappingProxyType(

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokenmodels._blocks import initialise
 from tokenmodels._refuse import refusal, require_number, require_whole
+from tokenmodels.sit.config import slots_after, tokens_after
 from tokenmodels.sit.hosts import Host, find, hidden
 from tokenmodels.sit.slimming import SlimTokens, require_std
 
@@ -124,7 +125,7 @@ class Slimming(nn.Module):
         height, width = host.grid(image_size)
         self.slots, self.image_size, self.patches = slots, image_size, height * width
         self.dim, self.prefix = host.dim, host.prefix
-        self.tokens_after = _tokens_after(slots, len(host.blocks), self.patches)
+        self.tokens_after = tokens_after(slots, len(host.blocks), self.patches)
         self.slims = nn.ModuleList()
         self._host = host  # no part of this one, whose part this one is
         self._assignments: list[Tensor] | None = None
@@ -134,8 +135,7 @@ class Slimming(nn.Module):
             like = next(one for one in host.blocks[block].parameters() if one.is_floating_point())
             one = SlimTokens(host.dim, count)
             initialise(one)
-            if slot_std != 0.02:
-                nn.init.normal_(one.fc2.weight, std=slot_std)
+            one.spread(slot_std)
             self.slims.append(one.to(like))
             # A bound method, and no closure, so that a copy of the model runs its own slimmings.
             hook = partial(self._slim, index)
@@ -318,7 +318,6 @@ def _stages(stages: Sequence[int] | None, depth: int) -> tuple[int, ...]:
 
 def _slots(stages: tuple[int, ...], keep: float | Sequence[int], patches: int) -> dict[int, int]:
     """Block index → patch tokens that are left behind it."""
-    ends = [end - 1 for end in accumulate(stages)][:-1]
     if isinstance(keep, tuple | list):
         for count, before in zip(keep, (patches, *keep), strict=False):
             if isinstance(count, float):
@@ -328,22 +327,13 @@ def _slots(stages: tuple[int, ...], keep: float | Sequence[int], patches: int) -
             if count > before:
                 allowed = f"at most {before}, the tokens before it"
                 raise ValueError(refusal("slim", "keep", allowed, count))
-        if len(keep) != len(ends):
-            allowed = f"one number per slimming, {len(ends)}"
+        if len(keep) != len(stages) - 1:
+            allowed = f"one number per slimming, {len(stages) - 1}"
             raise ValueError(refusal("slim", "keep", allowed, tuple(keep)))
-        return dict(zip(ends, keep, strict=True))
+        return slots_after(stages, keep, patches)
     require_number("slim", "keep", keep, lambda x: 0 < x <= 1, "above 0 up to 1")
-    assert isinstance(keep, int | float)
-    slots = {end: int(patches * keep ** (i + 1)) for i, end in enumerate(ends)}
+    slots = slots_after(stages, keep, patches)
     if min(slots.values()) < 1:
         allowed = f"what leaves at least one token of {patches}"
         raise ValueError(refusal("slim", "keep", allowed, keep))
     return slots
-
-
-def _tokens_after(slots: dict[int, int], depth: int, patches: int) -> tuple[int, ...]:
-    left, counts = patches, []
-    for block in range(depth):
-        left = slots.get(block, left)
-        counts.append(left)
-    return tuple(counts)
