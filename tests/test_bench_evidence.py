@@ -15,8 +15,9 @@ from typing import Any
 import cuda_on_host
 import pytest
 import torch
+from tokenmodels.sit import VARIANTS
 
-from bench import plots, predictions, report, roofline
+from bench import plots, predict_networks, predictions, report, roofline, tables
 from bench.gpu import report as gpu_report
 from bench.work import Work
 
@@ -93,23 +94,22 @@ def test_cold_inputs_rotate_among_all_that_caches_forget(
     assert sum(seen.values()) == (roofline.MIB if cold else size // 2)
 
 
-def test_committed_predictions_are_those_of_the_model() -> None:
+@pytest.mark.parametrize(
+    ("module", "renew"),
+    [
+        ("bench.predict", "python -m bench.kernels; python -m bench.predict"),
+        ("bench.predict_networks", "python -m bench.predict_networks"),
+        ("bench.cuda_kernels", "python -m bench.cuda_kernels --launches; python -m bench.predict"),
+    ],
+)
+def test_what_was_computed_and_committed_is_up_to_date(module: str, renew: str) -> None:
     pytest.importorskip("triton")
+    if module == "bench.cuda_kernels":
+        cuda_on_host.build(cuda_on_host.KIND)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.predict", "--check"]
+    command = [sys.executable, "-m", module, "--check"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    words = "python -m bench.kernels; python -m bench.predict"
-    assert done.stdout.strip() == "up to date", f"{done.stdout}{done.stderr}\nrenew: {words}"
-
-
-def test_committed_launches_are_those_of_the_launchers() -> None:
-    pytest.importorskip("triton")
-    cuda_on_host.build(cuda_on_host.KIND)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.cuda_kernels", "--check"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    words = "python -m bench.cuda_kernels --launches; python -m bench.predict"
-    assert done.stdout.strip() == "up to date", f"{done.stdout}{done.stderr}\nrenew: {words}"
+    assert done.stdout.strip() == "up to date", f"{done.stdout}{done.stderr}\nrenew: {renew}"
 
 
 def test_every_cell_is_predicted_for_both_backends() -> None:
@@ -124,6 +124,34 @@ def test_no_prediction_is_below_its_own_floor() -> None:
     for row in predictions.known():
         floor = row.bytes / 4.3e12 + row.launches * 3e-6
         assert row.predicted_us >= 0.999e6 * floor, row.cell
+
+
+def test_networks_meet_their_outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = list(predict_networks.networks())
+    timed = found[3]
+    common = {"model": timed.model, "batch": timed.batch, "build": predict_networks.BUILD}
+    rows = [
+        common | {"dtype": "bfloat16", "ms": 2 * timed.slimmed_ms, "realised": "50%"},
+        common | {"dtype": "float32", "ms": 9.0, "realised": "10%"},
+        common | {"dtype": "bfloat16", "ms": 7.0, "realised": ""},
+    ]
+    (tmp_path / "h200").mkdir()
+    line = json.dumps({"section": "models", "cell": "", "rows": rows})
+    (tmp_path / "h200" / "gpu.jsonl").write_text(line + "\n")
+    monkeypatch.setattr(predict_networks, "FOLDER", tmp_path)
+    outcomes = [line[-2:] for line in predict_networks.table(found).rows]
+    assert outcomes[3] == [tables.number(2 * timed.slimmed_ms), "50%"]
+    assert not any(any(line) for line in outcomes[:3] + outcomes[4:])
+
+
+def test_every_kernel_of_a_network_is_predicted() -> None:
+    for row in predict_networks.networks():
+        config = VARIANTS[row.model]
+        stem = 2 * len(config.stem_layers)
+        assert row.launches == stem + 8 * config.depth + 3 * (len(config.stages) - 1) + 3
+        assert row.slimmed_ms >= 3e-3 * row.launches and row.share < 1
+        macs = sum(work.flops for work in predict_networks.kernels_of(config, 1)) / 2
+        assert config.macs() < macs < 2.5 * config.macs()
 
 
 def timed(row: predictions.Prediction, us: float) -> list[dict[str, Any]]:
