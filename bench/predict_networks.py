@@ -127,7 +127,7 @@ def measured() -> dict[tuple[str, int], tuple[float, str]]:
     found: dict[tuple[str, int], tuple[float, str]] = {}
     for path in sorted(FOLDER.glob("*h200*/gpu.jsonl")):
         for line in path.read_text().splitlines():
-            for row in json.loads(line).get("rows") or []:
+            for row in json.loads(line).get("records") or []:
                 if (row.get("build"), row.get("dtype")) == (BUILD, DTYPE) and row["realised"]:
                     found[row["model"], row["batch"]] = row["ms"], row["realised"]
     return found

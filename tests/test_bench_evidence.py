@@ -136,7 +136,7 @@ def test_networks_meet_their_outcomes(tmp_path: Path, monkeypatch: pytest.Monkey
         common | {"dtype": "bfloat16", "ms": 7.0, "realised": ""},
     ]
     (tmp_path / "h200").mkdir()
-    line = json.dumps({"section": "models", "cell": "", "rows": rows})
+    line = json.dumps({"section": "models", "cell": "", "records": rows})
     (tmp_path / "h200" / "gpu.jsonl").write_text(line + "\n")
     monkeypatch.setattr(predict_networks, "FOLDER", tmp_path)
     outcomes = [line[-2:] for line in predict_networks.table(found).rows]
