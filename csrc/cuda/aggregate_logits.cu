@@ -1,5 +1,6 @@
 // aggregate_logits on a GPU: a block streams tokens past 64 slots × 256 channels (128 of float32),
-// logits as they lie, with the softmax carried along.
+// logits as they lie, with the softmax carried along. Where that makes too few blocks to fill a GPU
+// they have 64 channels each, which changes no bit.
 //
 // Of every tile of tokens a warp owns the softmax of eight slots: exponentials take the place of
 // the logits in shared memory, whence all warps multiply them with their share of the channels.
@@ -21,11 +22,12 @@ static_assert(kSlots == 8 * kWarps);
 template <class T>
 constexpr int kTile = sizeof(T) == 4 ? 32 : 64;  // tokens
 template <class T>
-constexpr int kColumns = sizeof(T) == 4 ? 128 : 256;  // channels of a block
+constexpr int kWide = sizeof(T) == 4 ? 128 : 256;  // channels of a block
+constexpr int kNarrow = 64;                        // the same where blocks are few
 template <class T>
 constexpr int kLogits = kTile<T> * cuda::tile_stride<T>(kSlots);
-template <class T>
-constexpr int kValues = kTile<T> * cuda::tile_stride<T>(kColumns<T>);
+template <class T, int columns>
+constexpr int kValues = kTile<T> * cuda::tile_stride<T>(columns);
 
 constexpr int kTerms = 32;  // a longer loop unrolled takes more registers than there are
 
@@ -89,10 +91,10 @@ __device__ void shrink_sums(float (&sums)[I][J][4], const float* shrink) {
     }
 }
 
-template <class T>
+template <class T, int columns>
 __global__ void __launch_bounds__(kThreads, 2)
     aggregate_logits_kernel(const __grid_constant__ LogitsJob job) {
-  constexpr int tile = kTile<T>, per_warp = kColumns<T> / kWarps;
+  constexpr int tile = kTile<T>, per_warp = columns / kWarps;
   const AggregateLogits& p = job.p;
   auto number = static_cast<uint32_t>(cuda::block());
   const uint32_t part = number % job.across;
@@ -101,14 +103,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   number /= job.down;
   const uint32_t split = number % static_cast<uint32_t>(job.partial.splits);
   const int64_t image = number / static_cast<uint32_t>(job.partial.splits);
-  const int64_t begin = split * job.partial.span, column = int64_t{part} * kColumns<T>;
+  const int64_t begin = split * job.partial.span, column = int64_t{part} * columns;
   const int count =
       static_cast<int>(begin + job.partial.span < p.N ? job.partial.span : p.N - begin);
   const int own = cuda::warp() * per_warp;
 
   cuda::Arena arena;
   T* logits_tiles = arena.shared<T>(2 * kLogits<T>);
-  T* value_tiles = arena.shared<T>(2 * kValues<T>);
+  T* value_tiles = arena.shared<T>(2 * kValues<T, columns>);
   auto* shrink = arena.shared<float>(kSlots);
   auto* inverses = arena.shared<float>(kSlots);
   Rows<T> logits, values;
@@ -120,8 +122,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (first < count) {
       const int half = first / tile % 2;
       cuda::fetch_some<T, tile, kSlots>(logits_tiles + half * kLogits<T>, logits, first, 0, shown);
-      cuda::fetch_some<T, tile, kColumns<T>>(value_tiles + half * kValues<T>, values, first, 0,
-                                             shown);
+      cuda::fetch_some<T, tile, columns>(value_tiles + half * kValues<T, columns>, values, first, 0,
+                                         shown);
     }
     cuda::commit_copies();
   };
@@ -138,13 +140,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     cuda::sync();
     if (own < values.columns) {
       shrink_sums<T>(sums, shrink);
-      const T* right = value_tiles + first / tile % 2 * kValues<T> + own;
+      const T* right = value_tiles + first / tile % 2 * kValues<T, columns> + own;
 #pragma unroll 1
       for (int term = 0; term < tile; term += kTerms) {
         cuda::add_product<T, cuda::kAcross, cuda::kAcross>(
             sums, mine + term * cuda::tile_stride<T>(kSlots), cuda::tile_stride<T>(kSlots),
-            right + term * cuda::tile_stride<T>(kColumns<T>), cuda::tile_stride<T>(kColumns<T>),
-            kTerms);
+            right + term * cuda::tile_stride<T>(columns), cuda::tile_stride<T>(columns), kTerms);
       }
     }
   }
@@ -186,7 +187,7 @@ int64_t up(int64_t count, int64_t each) { return (count + each - 1) / each; }
 // one image, while partial sums move no more than half of what the inputs do.
 int64_t splits_of(const AggregateLogits& p) {
   if (p.N < 1024) return 1;
-  const int64_t columns = p.dtype == DType::kFloat32 ? kColumns<float> : kColumns<BFloat16>;
+  const int64_t columns = p.dtype == DType::kFloat32 ? kWide<float> : kWide<BFloat16>;
   const int64_t blocks = up(p.M, kSlots) * up(p.C, columns);
   const int64_t moved = p.N * (p.M + p.C) * size_of(p.dtype) / (16 * p.M * p.C + 1);
   int64_t splits = up(p.N, 512);
@@ -195,24 +196,34 @@ int64_t splits_of(const AggregateLogits& p) {
   return splits < 1 ? 1 : splits;
 }
 
+int64_t across(const AggregateLogits& p, int64_t columns) { return p.C > 0 ? up(p.C, columns) : 1; }
+
+template <class T, int columns>
+const char* launch_logits(LogitsJob& job, void* stream) {
+  const AggregateLogits& p = job.p;
+  job.across = static_cast<uint32_t>(across(p, columns));
+  const int64_t shared = 2 * cuda::shared_bytes<T>(kLogits<T> + kValues<T, columns>) +
+                         2 * cuda::shared_bytes<float>(kSlots);
+  return cuda::launch<aggregate_logits_kernel<T, columns>>(
+      {.blocks = p.B * job.partial.splits * job.down * job.across,
+       .threads = kThreads,
+       .shared = shared,
+       .stream = stream},
+      job);
+}
+
 template <class T>
 const char* run(const AggregateLogits& p, void* stream) {
   LogitsJob job{};
   job.p = p;
-  job.across = static_cast<uint32_t>(p.C > 0 ? up(p.C, kColumns<T>) : 1);
   job.down = static_cast<uint32_t>(up(p.M, kSlots));
   const int64_t wanted = splits_of(p), span = up(up(p.N, wanted), kTile<T>) * kTile<T>;
   const int64_t splits = p.N > 0 ? up(p.N, span) : 1;
   job.partial =
       cuda::partial_in(p.scratch, p.B * splits * p.M, p.C, static_cast<int>(splits), span);
-  const int64_t shared =
-      2 * cuda::shared_bytes<T>(kLogits<T> + kValues<T>) + 2 * cuda::shared_bytes<float>(kSlots);
+  const bool few = p.B * splits * job.down * across(p, kWide<T>) < cuda::multiprocessors();
   const char* error =
-      cuda::launch<aggregate_logits_kernel<T>>({.blocks = p.B * splits * job.down * job.across,
-                                                .threads = kThreads,
-                                                .shared = shared,
-                                                .stream = stream},
-                                               job);
+      few ? launch_logits<T, kNarrow>(job, stream) : launch_logits<T, kWide<T>>(job, stream);
   if (error != nullptr || splits == 1) return error;
   return cuda::launch_join<T>({job.partial, p.B, p.M, p.N, p.C, p.out, p.lse, nullptr}, stream);
 }
