@@ -29,6 +29,7 @@ PREPARED = tl.constexpr(128 if INTERPRETED else 32)
 """Codes per program of `prepare`; numpy is fastest with few programs."""
 FEW_CODES = "32 codes a program: a codebook is small, and all multiprocessors should take part."
 CENTRE_CODES = tl.constexpr(64)
+AT_ONCE = tl.constexpr(8)
 BIG = tl.constexpr(1e38)
 """No score is as low as −BIG but that of a code which must not win."""
 
@@ -74,25 +75,40 @@ def load_chunk(rows, here, first, dim, dim_stride, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def spaced_codes(book, codes, code_stride, at, d, dim, dim_stride):
+    """Components d of AT_ONCE of the CENTRE_CODES evenly spaced codes, and which are finite."""
+    count = tl.minimum(codes, CENTRE_CODES)
+    number = at + tl.arange(0, AT_ONCE).to(tl.int64)
+    rows = book + (number * codes // count) * code_stride
+    there = (d < dim)[:, None] & (number < count)[None, :]
+    x = tl.load(rows[None, :] + (d * dim_stride)[:, None], there, 0.0).to(tl.float32)
+    good = is_finite(x) & (number < count)[None, :]
+    return tl.where(good, x, 0.0), good
+
+
+@triton.jit
 def find_centre(book, codes, code_stride, first, dim, dim_stride, HALF: tl.constexpr, WIDTH):
-    """WIDTH components of the mean of 64 evenly spaced codes, as far as they are finite.
+    """WIDTH components of the mean of some evenly spaced codes, as far as they are finite.
 
     With 16 bits only of components that lie far from 0 beside how they vary, and rounded: then
     most differences to it are exact (Sterbenz), as the numbers themselves are.
     """
-    count = tl.minimum(codes, CENTRE_CODES)
-    number = tl.arange(0, CENTRE_CODES).to(tl.int64)
-    rows = book + (number * codes // count) * code_stride
     d = first + tl.arange(0, WIDTH).to(tl.int64)
-    there = (d < dim)[:, None] & (number < count)[None, :]
-    x = tl.load(rows[None, :] + (d * dim_stride)[:, None], there, 0.0).to(tl.float32)
-    good = is_finite(x) & (number < count)[None, :]
-    x = tl.where(good, x, 0.0)
-    seen = tl.maximum(tl.sum(good.to(tl.float32), 1), 1.0)
-    mean = total(x) / seen
+    sums = tl.zeros((WIDTH, AT_ONCE), tl.float32)
+    seen = tl.zeros((WIDTH, AT_ONCE), tl.float32)
+    for at in range(0, CENTRE_CODES, AT_ONCE):
+        x, good = spaced_codes(book, codes, code_stride, at, d, dim, dim_stride)
+        sums += x
+        seen += good.to(tl.float32)
+    count = tl.maximum(tl.sum(seen, 1), 1.0)
+    mean = total(sums) / count
     if HALF:
-        apart = tl.where(good, x - mean[:, None], 0.0)
-        far = mean * mean * seen > 16.0 * products(apart, apart)
+        apart = tl.zeros((WIDTH, AT_ONCE), tl.float32)
+        for at in range(0, CENTRE_CODES, AT_ONCE):
+            x, good = spaced_codes(book, codes, code_stride, at, d, dim, dim_stride)
+            off = tl.where(good, x - mean[:, None], 0.0)
+            apart = tl.fma(off, off, apart)
+        far = mean * mean * count > 16.0 * total(apart)
         mean = tl.where(far, rounded(mean, book.dtype.element_ty), 0.0)
     return tl.where(is_finite(mean), mean, 0.0)
 

@@ -94,10 +94,8 @@ def moves_from(
 @triton.jit
 def in_words(pages, SIZE: tl.constexpr, VECTOR: tl.constexpr):
     """Pages, the stride of their blocks in words of this size, `VECTOR` at a time."""
-    if pages is not None:
-        stride = tl.multiple_of(pages[4] // SIZE, VECTOR)
-        pages = (pages[0], pages[1], pages[2], pages[3], stride)
-    return pages
+    stride = tl.multiple_of(pages[4] // SIZE, VECTOR)
+    return pages[0], pages[1], pages[2], pages[3], stride
 
 
 @triton.jit
@@ -162,7 +160,8 @@ def carry(
     source, target = tl.multiple_of(source, WORD), tl.multiple_of(target, WORD)
     row_stride = tl.multiple_of(row_stride // SIZE, WORD // SIZE)
     target_stride = tl.multiple_of(target_stride // SIZE, WORD // SIZE)
-    pages = in_words(pages, SIZE, WORD // SIZE)
+    if pages is not None:
+        pages = in_words(pages, SIZE, WORD // SIZE)
     width = tl.multiple_of(row_bytes // SIZE, WORD // SIZE)
     column = cut * (BYTES // SIZE) + tl.arange(0, BYTES // SIZE)
     if IN_PLACE and not FILL:
@@ -220,7 +219,8 @@ def turn(
     target = tl.multiple_of(target.to(tl.pointer_type(BITS)), VECTOR * SIZE)
     row_stride = tl.multiple_of(row_stride // SIZE, VECTOR)
     target_stride = tl.multiple_of(target_stride // SIZE, VECTOR)
-    pages = in_words(pages, SIZE, VECTOR)
+    if pages is not None:
+        pages = in_words(pages, SIZE, VECTOR)
     half = tl.multiple_of(half, VECTOR)
     column = cut * PAIRS + tl.arange(0, PAIRS)
     inside = (column < half)[None, :]

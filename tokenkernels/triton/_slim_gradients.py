@@ -119,14 +119,15 @@ def settle(
         slot = first + tl.arange(0, SLOTS)
         known = slot < slots
         source = sums_ptr + image * tiles * slots + slot
-        mass = tl.zeros([SLOTS], tl.float32)
-        rest = tl.zeros([SLOTS], tl.float32)
+        masses = tl.zeros([SLOTS, TILES], tl.float32)
+        rests = tl.zeros([SLOTS, TILES], tl.float32)
         for low in range(0, tiles, TILES):
             some = low + tl.arange(0, TILES)
-            mass += tl.sum(tile(source, some * slots, known, some < tiles), 1)
-            rest += tl.sum(tile(source + places, some * slots, known, some < tiles), 1)
+            masses += tile(source, some * slots, known, some < tiles)
+            rests += tile(source + places, some * slots, known, some < tiles)
+        mass = tl.sum(masses, 1)
         inverse = 1.0 / tl.where(mass == 0.0, 1.0, mass)
-        rest *= inverse
+        rest = tl.sum(rests, 1) * inverse
         source += index * slots
         raw = tl.load(source + 2 * places, known, 0.0)
         total += (tl.load(source + 3 * places, known, 0.0) - rest * raw) * inverse

@@ -22,7 +22,8 @@ def tokens_of(unit_place, member_place, window, grid):
     """The number on the grid of the first member of each unit, how much further each is, and which
     lie inside.
     """
-    (i, j, k), (di, dj, dk) = unit_place, member_place
+    i, j, k = unit_place
+    di, dj, dk = member_place
     i, j, k = i * window[0], j * window[1], k * window[2]
     inside = (di < (grid[0] - i)[:, None]) & (dj < (grid[1] - j)[:, None])
     inside &= dk < (grid[2] - k)[:, None]
@@ -112,7 +113,8 @@ def rows_of(
     unit's slab (all windows of one place on the first axis) and of the next, of its row and of the
     next, before its own and the next. A unit that is cut off stands between windows.
     """
-    (i, j, k), (di, dj, dk) = unit_place, member_place
+    i, j, k = unit_place
+    di, dj, dk = member_place
     slab = tl.minimum(i * along[1], along[0])
     next_slab = tl.minimum(slab + along[1], along[0])
     row = tl.minimum(slab + j * along[2], next_slab)

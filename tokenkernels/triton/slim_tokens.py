@@ -52,7 +52,7 @@ WEIGH = Table(
         Entry(Config(_blocks(64, 64, 32, 32), 8, 3), bytes=(2,), capability=90),
         Entry(Config(_blocks(32, 128, 64, 32), 8, 3), width=192, bytes=(2,)),
         Entry(Config(_blocks(32, 64, 64, 32), 8, 3), bytes=(2,)),
-        Entry(Config(_blocks(64, 64, 32, 32), 8, 2), capability=90),
+        Entry(Config(_blocks(64, 32, 32, 16), 8, 2), capability=90),
         Entry(Config(_blocks(32, 64, 32, 16), 8, 2)),
     ],
     "By hidden channels: a tile's hidden row stays in registers from projection to logits.",
