@@ -17,7 +17,7 @@ VARIANT := $(if $(call ENABLED,$(SANITIZE)),sanitize,release)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 BUILD_OPTIONS := $(if $(filter sanitize,$(VARIANT)),\
 	TOKENKERNELS_BUILD=build/sanitize CMAKE_ARGS="-DTOKENKERNELS_SANITIZE=ON")
-CXX_FILES = $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+CXX_FILES = $$(git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 SANITIZED := tests/test_ops.py tests/test_junk.py tests/test_numpy.py $(wildcard tests/ops)
 # The checked object is loaded by a Python that is not: the run-time libraries have to be there first.
 PRELOAD = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
@@ -29,10 +29,12 @@ PRELOAD = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-fi
 help:
 	@sed -n '3,10s/^#//p' Makefile
 
-$(VENV)/installed: requirements-dev.txt
+$(VENV)/installed: requirements-dev.txt requirements-oldest.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet "$$(grep '^torch==' requirements-dev.txt)"
 	$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt
+	rm -rf $(VENV)/oldest
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(VENV)/oldest -r requirements-oldest.txt
 	@touch $@
 
 # One variant in place at a time: building one takes the stamp and the objects of the other away.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pkgutil
-import re
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -113,17 +113,26 @@ def test_every_kernel_compiles_ahead_of_time_without_spills() -> None:
     assert defined <= seen, f"no bench case reaches {defined - seen}"
 
 
-LANGUAGE = """
-    abs advance arange associative_scan atomic_add atomic_cas atomic_xchg bfloat16 broadcast_to
-    cast cdiv constexpr cumsum debug_barrier dot exp exp2 expand_dims float16 float32 float64 flip
-    full gather histogram int1 int16 int32 int64 int8 join load log log2 max maximum max_contiguous
-    min minimum multiple_of num_programs permute pointer_type program_id range reduce reshape
-    sigmoid sort split sqrt static_assert static_range store sum tensor topk trans uint16 uint32
-    uint64 uint8 view where xor_sum zeros zeros_like erf fma rsqrt floor math cos sin
-"""
+OLDEST = Path(sys.prefix) / "oldest"
 
 
-def test_kernels_keep_to_what_triton_3_6_has() -> None:
-    for path in (ROOT / "tokenkernels" / "triton").glob("*.py"):
-        used = set(re.findall(r"\btl\.([a-z]\w+)", path.read_text()))
-        assert used <= set(LANGUAGE.split()), f"{path.name}: {used - set(LANGUAGE.split())}"
+@pytest.mark.parametrize("oldest", [False, True])
+def test_every_kernel_goes_through_tritons_launcher(oldest: bool, tmp_path: Path) -> None:
+    """Compiled for sm_90 at its first call, by the Triton that is installed and by the oldest that
+    is supported, which may spill a little.
+    """
+    if shutil.which("cc") is None or (oldest and not OLDEST.exists()):
+        pytest.skip("no compiler" if shutil.which("cc") is None else f"nothing in {OLDEST}")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [OLDEST] * oldest + [ROOT, ROOT / "python"]
+    environment |= {"PYTHONPATH": ":".join(map(str, paths)), "TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "launched.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(kernels) > 150
+    if oldest:
+        wanted = (ROOT / "requirements-oldest.txt").read_text()
+        assert all(f"triton=={k['triton']}" in wanted for k in kernels)
+    spilling = [k for k in kernels if k["spilled"] > (128 if oldest else 0)]
+    assert not spilling, "\n".join(map(str, spilling))
