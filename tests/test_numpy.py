@@ -23,9 +23,9 @@ from tokenkernels._op import OPS, Case, Op, tensors_in
 if _native.WHY_NOT:
     pytest.skip(_native.WHY_NOT, allow_module_level=True)
 
-import ml_dtypes
-
 import tokenkernels.numpy as tkn
+
+ml_dtypes = pytest.importorskip("ml_dtypes")
 
 cases = [
     (op, case)

@@ -83,7 +83,8 @@ def _frozen(x: Tensor, layer: nn.Linear | nn.Conv2d) -> bool:
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         and not (x.requires_grad and torch.is_grad_enabled())
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_exporting()
+        # What is_exporting() returns; of that, compiled graphs before torch 2.12 hold a True.
+        and not torch.compiler._is_exporting_flag
         and (torch.compiler.is_compiling() or not _watched(x, layer))
     )
 
