@@ -34,7 +34,7 @@ from tokenkernels._op import tensors_in
 import cuda_resources  # isort: skip  (bench.kernels has put tests/ into the path)
 from cuda_resources import Uses  # isort: skip
 
-MODEL = 2
+MODEL = 3
 """Raised with every change of what is predicted, so that an outcome names what it was held to."""
 BLOCK = re.compile(r"(?<=<!-- predictions -->\n).*(?=<!-- end of predictions -->)", re.DOTALL)
 H200: Roof = {
@@ -81,6 +81,8 @@ class Plan(NamedTuple):
     """For each that was asked for."""
     selecting: int = 0
     """Blocks that select at once, where that comes first."""
+    repeated: int = 1
+    """How often exponentials are made."""
 
 
 def predictions() -> Iterator[Prediction]:
@@ -116,7 +118,8 @@ def seconds(call: Call, needs: Work, plan: Plan) -> float:
     memory = seconds_to_move(H200, needs, "cold") * mean(starved(grid) for grid in plan.grids)
     slower = mean(unfilled(grid) / grid.reached for grid in plan.grids)
     products = needs.flops * plan.products / H200["gemm"][RATES[plan.kind]] * slower
-    behind = needs.exponentials / H200["exp"] + PER_SCORE * needs.compares / INSTRUCTIONS
+    behind = plan.repeated * needs.exponentials / H200["exp"]
+    behind += PER_SCORE * needs.compares / INSTRUCTIONS
     behind *= mean(map(unfilled, plan.grids))
     alone = any(grid.together == 1 for grid in plan.grids)
     at_once = products + behind if alone else max(products, behind)
@@ -171,7 +174,9 @@ def _native(call: Call, grids: cuda_kernels.Grids, uses: Uses) -> Plan:
     narrow = any(t.element_size() == 2 for t in tensors_in(call.kwargs))
     reached = [REACHED["search" in one.kernel and one.kernel.endswith("true>")] for one in work]
     found = [Grid(w.blocks, n, share) for w, n, share in zip(work, held, reached, strict=True)]
-    return Plan(len(noted), found, "16 bits", times[narrow])
+    width = re.search(r"aggregate_logits_kernel<.*, (\d+)>", work[0].kernel)
+    repeated = _across(call, int(width[1])) if width else 1
+    return Plan(len(noted), found, "16 bits", times[narrow], repeated=repeated)
 
 
 def _triton(call: Call, built: dict[str, dict[str, Any]]) -> Plan:
@@ -189,8 +194,15 @@ def _triton(call: Call, built: dict[str, dict[str, Any]]) -> Plan:
         Grid(math.prod(launch.grid), kernels.together(k), REACHED[k["groups"]])
         for launch, k in work
     ]
-    first = work[0][1]
-    return Plan(count, grids, first["multiplies"], first["products"])
+    launch, first = work[0]
+    forward = call.op.name == "aggregate_logits" and not call.gradient
+    repeated = _across(call, launch.config.blocks["CHANNELS"]) if forward else 1
+    return Plan(count, grids, first["multiplies"], first["products"], repeated=repeated)
+
+
+def _across(call: Call, width: int) -> int:
+    """Blocks of channels, each of which makes all exponentials of the logits."""
+    return -(-int(call.kwargs["value"].shape[2]) // width)
 
 
 def _rows(call: Call) -> int:

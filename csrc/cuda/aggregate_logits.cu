@@ -1,6 +1,6 @@
 // aggregate_logits on a GPU: a block streams tokens past 64 slots × 256 channels (128 of float32),
-// logits as they lie, with the softmax carried along. Where that makes too few blocks to fill a GPU
-// they have 64 channels each, which changes no bit.
+// logits as they lie, with the softmax carried along. Where that leaves most of a GPU idle they have
+// 64 channels each, which changes no bit; every block repeats the softmax.
 //
 // Of every tile of tokens a warp owns the softmax of eight slots: exponentials take the place of
 // the logits in shared memory, whence all warps multiply them with their share of the channels.
@@ -221,7 +221,7 @@ const char* run(const AggregateLogits& p, void* stream) {
   const int64_t splits = p.N > 0 ? up(p.N, span) : 1;
   job.partial =
       cuda::partial_in(p.scratch, p.B * splits * p.M, p.C, static_cast<int>(splits), span);
-  const bool few = p.B * splits * job.down * across(p, kWide<T>) < cuda::multiprocessors();
+  const bool few = 2 * p.B * splits * job.down * across(p, kWide<T>) < cuda::multiprocessors();
   const char* error =
       few ? launch_logits<T, kNarrow>(job, stream) : launch_logits<T, kWide<T>>(job, stream);
   if (error != nullptr || splits == 1) return error;
