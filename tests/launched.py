@@ -1,8 +1,9 @@
-"""Launches every Triton kernel of the bench shapes through Triton's own launcher, without a GPU.
+"""Launches every Triton kernel through Triton's own launcher, without a GPU.
 
-`python tests/launched.py FOLDER` compiles for sm_90 and prints a line of JSON for each kernel. The
-driver is `no_driver.c`, built in the folder, which runs nothing. A process of its own: here kernels
-are compiled, not interpreted; the Triton is the first in PYTHONPATH.
+`python tests/launched.py FOLDER [DTYPE …]` calls what the bench calls, and small cases of what that
+does not reach; compiles for sm_90 and prints a line of JSON for each compilation. The driver is
+`no_driver.c`, built in the folder, which runs nothing. A process of its own: here kernels are
+compiled, not interpreted; the Triton is the first in PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -27,14 +28,21 @@ from tokenkernels._op import OPS, Case, Op, tensors_in
 from tokenkernels.triton import _launch
 
 LIBRARY = "libcuda.so.1"
+DTYPES = sys.argv[2:]
 
 
 def restart(folder: Path) -> None:
     """This process once more, where the driver is found."""
     source = Path(__file__).with_name("no_driver.c")
+    folder.mkdir(parents=True, exist_ok=True)
     for name in (LIBRARY, "libcuda.so"):
         subprocess.run(["cc", "-shared", "-fPIC", "-o", folder / name, source], check=True)
-    paths = {"LD_LIBRARY_PATH": str(folder), "TRITON_LIBCUDA_PATH": str(folder)}
+    known = os.environ.get("LD_LIBRARY_PATH")
+    paths = {
+        "LD_LIBRARY_PATH": f"{folder}:{known}" if known else str(folder),
+        "TRITON_LIBCUDA_PATH": str(folder),
+        "TRITON_CACHE_DIR": str(folder / "cache"),
+    }
     os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | paths)
 
 
@@ -63,13 +71,32 @@ def call(op: Op, case: Case, dtype: torch.dtype) -> None:
         torch.autograd.grad(outputs, inputs, seeds, allow_unused=True)
 
 
-def compiled(launches: list[_launch.Launch]) -> Iterator[dict[str, Any]]:
-    """What was made of each kernel that was launched."""
-    for kernel in dict.fromkeys(launch.kernel for launch in launches):
+def calls() -> Iterator[tuple[Op, Case, torch.dtype]]:
+    """All of the bench, then each small case that would launch a kernel that no call has yet."""
+    reached: set[_launch.Kernel] = set()
+    for tag in ("bench", "test"):
+        for op in OPS.values():
+            for case in op.cases:
+                for dtype in case.dtypes if tag in case.tags else ():
+                    if DTYPES and str(dtype).removeprefix("torch.") not in DTYPES:
+                        continue
+                    with _launch.recording(False, 90) as record:
+                        call(op, case, dtype)
+                    kernels = {launch.kernel for launch in record.launches}
+                    if tag == "bench" or not kernels <= reached:
+                        reached |= kernels
+                        yield op, case, dtype
+
+
+def compiled(kernels: set[_launch.Kernel]) -> Iterator[dict[str, Any]]:
+    """What was made of each of them."""
+    for kernel in kernels:
         for aligned in (True, False):
-            caches = kernel.variant(aligned).device_caches.values()
-            for built in (one for cache in caches for one in cache[0].values()):
-                yield {"kernel": kernel.name, **resources(built.asm["cubin"])}
+            function = kernel.variant(aligned)
+            for cache in function.device_caches.values():
+                for built in cache[0].values():
+                    name = f"{function.module}:{kernel.name}"
+                    yield {"kernel": name, **resources(built.asm["cubin"])}
 
 
 def main() -> None:
@@ -80,14 +107,16 @@ def main() -> None:
     ops.load()
     for op in OPS.values():
         op.overloads["triton", "cpu"] = op._kinds["triton"]
-    with _launch.recording(capability=90) as record:
-        for op in OPS.values():
-            for case in op.cases:
-                for dtype in case.dtypes if "bench" in case.tags else ():
-                    call(op, case, dtype)
-    launched = ctypes.c_long.in_dll(ctypes.CDLL(LIBRARY), "launched").value
-    assert launched == len(record.launches), f"{launched} of {len(record.launches)}"
-    for line in compiled(record.launches):
+    counter = ctypes.c_long.in_dll(ctypes.CDLL(LIBRARY), "launched")
+    kernels: set[_launch.Kernel] = set()
+    for op, case, dtype in calls():
+        before = counter.value
+        with _launch.recording(capability=90) as record:
+            call(op, case, dtype)
+        launched = counter.value - before
+        assert launched == len(record.launches), f"{op.name} {case.id}: {launched} launches"
+        kernels |= {launch.kernel for launch in record.launches}
+    for line in compiled(kernels):
         print(json.dumps(line | {"triton": triton.__version__}), flush=True)
 
 

@@ -27,6 +27,12 @@ from tokenkernels.triton import _launch
 
 ROOT = Path(__file__).parents[1]
 MODULES = [import_module(f"{room.__name__}.{m.name}") for m in pkgutil.iter_modules(room.__path__)]
+DEFINED = {
+    f"{module.__name__}:{name}"
+    for module in MODULES
+    for name, value in vars(module).items()
+    if isinstance(value, _launch.Kernel) and value.vector.__module__ == module.__name__
+}
 TABLES = {
     f"{module.__name__}.{name}": value
     for module in MODULES
@@ -104,35 +110,40 @@ def test_every_kernel_compiles_ahead_of_time_without_spills() -> None:
     assert not spilling, "\n".join(map(str, spilling))
     assert {k["capability"] for k in kernels} == {80, 90, 100}
     seen = {k["kernel"] for k in kernels}
-    defined = {
-        f"{module.__name__}:{name}"
-        for module in MODULES
-        for name, value in vars(module).items()
-        if isinstance(value, _launch.Kernel) and value.vector.__module__ == module.__name__
-    }
-    assert defined <= seen, f"no bench case reaches {defined - seen}"
+    assert seen >= DEFINED, f"no bench case reaches {DEFINED - seen}"
 
 
 OLDEST = Path(sys.prefix) / "oldest"
+SPILLED = {
+    "_score_keys:score": 24,
+    "accumulate_codes:rank": 72,
+    "gather_topk:gather": 8,
+    "merge_runs:merge": 8,
+}
+"""Bytes that the oldest Triton's ptxas puts aside: less than what a fix costs with the newest."""
 
 
 @pytest.mark.parametrize("oldest", [False, True])
-def test_every_kernel_goes_through_tritons_launcher(oldest: bool, tmp_path: Path) -> None:
-    """Compiled for sm_90 at its first call, by the Triton that is installed and by the oldest that
-    is supported, which may spill a little.
+def test_every_kernel_goes_through_tritons_launcher(oldest: bool) -> None:
+    """Compiled for sm_90 at its first call, by the oldest Triton that is supported in all dtypes;
+    in float32, for the launcher's sake, by the one that is installed.
     """
-    if shutil.which("cc") is None or (oldest and not OLDEST.exists()):
-        pytest.skip("no compiler" if shutil.which("cc") is None else f"nothing in {OLDEST}")
+    if shutil.which("cc") is None or (oldest and not (OLDEST / "triton").exists()):
+        pytest.skip("no compiler" if shutil.which("cc") is None else f"no Triton in {OLDEST}")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = [OLDEST] * oldest + [ROOT, ROOT / "python"]
     environment |= {"PYTHONPATH": ":".join(map(str, paths)), "TRITON_DEFAULT_FP_FUSION": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "launched.py"), str(tmp_path)]
+    folder = ROOT / "build" / "no_driver" / ("oldest" if oldest else "installed")
+    command = [sys.executable, str(ROOT / "tests" / "launched.py"), str(folder)]
+    command += [] if oldest else ["float32"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) > 150
-    if oldest:
-        wanted = (ROOT / "requirements-oldest.txt").read_text()
-        assert all(f"triton=={k['triton']}" in wanted for k in kernels)
-    spilling = [k for k in kernels if k["spilled"] > (128 if oldest else 0)]
+    seen = {k["kernel"] for k in kernels}
+    assert seen >= DEFINED, f"no case reaches {DEFINED - seen}"
+    allowed = {f"{room.__name__}.{name}": count for name, count in SPILLED.items() if oldest}
+    spilling = [k for k in kernels if k["spilled"] > allowed.get(k["kernel"], 0)]
     assert not spilling, "\n".join(map(str, spilling))
+    if oldest:
+        (version,) = {k["triton"].rpartition(".")[0] for k in kernels}
+        assert f'"triton>={version}"' in (ROOT / "pyproject.toml").read_text()
