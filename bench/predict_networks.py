@@ -18,12 +18,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 sys.path.append(str(Path(__file__).parent.parent / "python"))
 
 from tokenmodels.sit import VARIANTS, SiTConfig
 
 from bench import report
+from bench.gpu.models import BATCHES, MOST
 from bench.kernels import PAGE
 from bench.predict import H200, REACHED
 from bench.roofline import limit
@@ -33,11 +35,20 @@ from bench.work import Work
 FOLDER = Path(__file__).parent / "results"
 FILE = FOLDER / "predictions-h200-sit.json"
 BLOCK = re.compile(r"(?<=<!-- networks -->\n).*(?=<!-- end of networks -->)", re.DOTALL)
-BATCHES = (1, 8, 32, 128, 512)
+MODEL = 1
+"""Raised with every change of what is predicted, so that an outcome names what it was held to."""
 DTYPE, BUILD = "bfloat16", "ours, compiled, one graph"
 BYTES = 2
 CONVOLVED = 0.5
 """Of what other products reach, convolutions of few channels do."""
+
+
+class Kernel(NamedTuple):
+    """One launch: values moved, multiply-accumulates, the share of the tensor cores' rate."""
+
+    values: int
+    macs: int = 0
+    reached: float = REACHED[False]
 
 
 @dataclass(frozen=True)
@@ -55,11 +66,13 @@ class Network:
 
 
 def networks() -> Iterator[Network]:
-    """Every released network at every batch size."""
+    """Every released network at every batch size that is measured."""
     for name, config in VARIANTS.items():
         dense = replace(config, dense=True)
         theory = dense.macs() / config.macs()
-        for batch in BATCHES:
+        for batch in sorted(BATCHES):
+            if dense.macs() * batch > MOST:
+                continue
             before, after = milliseconds(dense, batch), milliseconds(config, batch)
             launches = sum(1 for _ in kernels_of(config, batch))
             found = before, after, before / after, theory, before / after / theory
@@ -68,10 +81,15 @@ def networks() -> Iterator[Network]:
 
 def milliseconds(config: SiTConfig, batch: int) -> float:
     """The model."""
-    return 1e3 * sum(limit(H200, work).seconds for work in kernels_of(config, batch))
+    return 1e3 * sum(limit(H200, _work(kernel)).seconds for kernel in kernels_of(config, batch))
 
 
-def kernels_of(config: SiTConfig, batch: int) -> Iterator[Work]:
+def _work(kernel: Kernel) -> Work:
+    flops = 2 * kernel.macs / kernel.reached
+    return Work(BYTES * kernel.values, flops=flops, dtype=DTYPE, launches=1)
+
+
+def kernels_of(config: SiTConfig, batch: int) -> Iterator[Kernel]:
     """Every launch of one forward of so many images."""
     yield from _stem(config, batch)
     patches, dim, outputs = config.patches, config.embed_dim, config.num_classes
@@ -80,12 +98,12 @@ def kernels_of(config: SiTConfig, batch: int) -> Iterator[Work]:
         if block in config.slim_after:
             yield from _slimming(config, batch, patches, left)
         patches = left
-    yield _work(2 * batch * dim)
-    yield _work(batch * dim + dim * outputs + batch * outputs, batch * dim * outputs)
-    yield _work(2 * batch * outputs)
+    yield Kernel(2 * batch * dim)
+    yield Kernel(batch * dim + dim * outputs + batch * outputs, batch * dim * outputs)
+    yield Kernel(2 * batch * outputs)
 
 
-def _stem(config: SiTConfig, batch: int) -> Iterator[Work]:
+def _stem(config: SiTConfig, batch: int) -> Iterator[Kernel]:
     size, channels = config.image_size, config.in_channels
     height, width = size if isinstance(size, tuple) else (size, size)
     for number_, (wider, stride) in enumerate(config.stem_layers):
@@ -93,33 +111,29 @@ def _stem(config: SiTConfig, batch: int) -> Iterator[Work]:
         height, width = -(-height // stride), -(-width // stride)
         written = batch * height * width * wider
         if number_:
-            yield _work(2 * read)
-        yield _work(read + written, 9 * written * channels / CONVOLVED)
+            yield Kernel(2 * read)
+        yield Kernel(read + written, 9 * written * channels, CONVOLVED * REACHED[False])
         channels = wider
-    yield _work(2 * batch * (config.patches + config.prefix) * channels)
+    yield Kernel(2 * batch * (config.patches + config.prefix) * channels)
 
 
-def _block(config: SiTConfig, batch: int, tokens: int) -> Iterator[Work]:
+def _block(config: SiTConfig, batch: int, tokens: int) -> Iterator[Kernel]:
     rows, dim = batch * tokens, config.embed_dim
     hidden = int(dim * config.mlp_ratio)
     for _ in ("attention", "MLP"):
-        yield _work(4 * rows * dim)  # two terms read, their sum and its norm written
+        yield Kernel(4 * rows * dim)  # two terms read, their sum and its norm written
     for read, written in ((dim, 3 * dim), (dim, dim), (dim, hidden), (hidden, dim)):
-        yield _work(rows * (read + written) + read * written, rows * read * written)
-    yield _work(4 * rows * dim, 2 * rows * tokens * dim)
-    yield _work(2 * rows * hidden)
+        yield Kernel(rows * (read + written) + read * written, rows * read * written)
+    yield Kernel(4 * rows * dim, 2 * rows * tokens * dim)
+    yield Kernel(2 * rows * hidden)
 
 
-def _slimming(config: SiTConfig, batch: int, patches: int, left: int) -> Iterator[Work]:
+def _slimming(config: SiTConfig, batch: int, patches: int, left: int) -> Iterator[Kernel]:
     """Weights of tokens, their sums, what is written behind the class token."""
     rows, dim, keys = batch * patches, config.embed_dim, config.embed_dim // 2
-    yield _work(rows * (dim + left), rows * keys * (dim + left))
-    yield _work(rows * (dim + left) + batch * left * dim, rows * left * dim)
-    yield _work(2 * batch * (left + config.prefix) * dim)
-
-
-def _work(values: float, macs: float = 0.0) -> Work:
-    return Work(BYTES * values, flops=2 * macs / REACHED[False], dtype=DTYPE, launches=1)
+    yield Kernel(rows * (dim + left), rows * keys * (dim + left))
+    yield Kernel(rows * (dim + left) + batch * left * dim, rows * left * dim)
+    yield Kernel(2 * batch * (left + config.prefix) * dim)
 
 
 def measured() -> dict[tuple[str, int], tuple[float, str]]:
@@ -150,22 +164,26 @@ def table(found: list[Network]) -> Table:
 def as_json(found: list[Network]) -> str:
     """One line per prediction, so that two models can be compared."""
     lines = ",\n".join(f"  {json.dumps(asdict(row))}" for row in found)
-    return f'{{\n "dtype": "{DTYPE}",\n "build": "{BUILD}",\n "networks": [\n{lines}\n ]\n}}\n'
+    head: dict[str, Any] = {"model": MODEL, "dtype": DTYPE, "build": BUILD, "roof": H200}
+    head |= {"reached": REACHED[False], "convolved": CONVOLVED}
+    told = "".join(f' "{key}": {json.dumps(value)},\n' for key, value in head.items())
+    return f'{{\n{told} "networks": [\n{lines}\n ]\n}}\n'
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.predict_networks", description=(__doc__ or "").split("\n\n")[0]
     )
-    parser.add_argument("--check", action="store_true", help="only tell whether it is up to date")
+    parser.add_argument("--check", action="store_true", help="only tell what is out of date")
     options, found = parser.parse_args(), list(networks())
+    page = BLOCK.sub(lambda _: report.as_markdown(table(found)) + "\n", PAGE.read_text())
+    wanted = {FILE: as_json(found), PAGE: page}
     if options.check:
-        same = FILE.read_text() == as_json(found)
-        print("up to date" if same else "another model, or other rates")
+        told = [path.name for path, text in wanted.items() if path.read_text() != text]
+        print(", ".join(told) or "up to date")
         return
-    FILE.write_text(as_json(found))
-    text = report.as_markdown(table(found)) + "\n"
-    PAGE.write_text(BLOCK.sub(lambda _: text, PAGE.read_text()))
+    for path, text in wanted.items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":
