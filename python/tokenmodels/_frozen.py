@@ -83,10 +83,15 @@ def _frozen(x: Tensor, layer: nn.Linear | nn.Conv2d) -> bool:
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         and not (x.requires_grad and torch.is_grad_enabled())
         and not torch.is_autocast_enabled("cpu")
-        # What is_exporting() returns; of that, compiled graphs before torch 2.12 hold a True.
-        and not torch.compiler._is_exporting_flag
+        and not _exporting()
         and (torch.compiler.is_compiling() or not _watched(x, layer))
     )
+
+
+def _exporting() -> bool:
+    """As `torch.compiler.is_exporting`, which is true in every compiled graph before torch 2.12."""
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return bool(torch.compiler.is_exporting() if flag is None else flag)
 
 
 def _watched(x: Tensor, layer: nn.Module) -> bool:

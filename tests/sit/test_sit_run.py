@@ -203,7 +203,10 @@ def test_what_is_timed_gives_the_logits(mode: str, precision: str) -> None:
     with torch.inference_mode(), Processes().autocast(precision):
         want, folded = model(images), model.fold_for_inference()
         got = _prepared(folded, images, mode)(images)
-        torch.testing.assert_close(got, folded(images))
+        if mode == "eager":
+            assert torch.equal(got, folded(images))
+        else:  # of torch's own operators, whose sums may differ from oneDNN's
+            torch.testing.assert_close(got, folded(images))
     bound = {"fp32": 1e-5, "bf16": 2**-6}[precision] * want.abs().max().item()
     torch.testing.assert_close(got.float(), want.float(), atol=bound, rtol=0)
     timed = throughput(model, batch_size=2, precision=precision, mode=mode, warm_up=0, seconds=0)

@@ -135,7 +135,8 @@ class Slimming(nn.Module):
             like = next(one for one in host.blocks[block].parameters() if one.is_floating_point())
             one = SlimTokens(host.dim, count)
             initialise(one)
-            one.spread(slot_std)
+            if slot_std != 0.02:
+                one.spread(slot_std)
             self.slims.append(one.to(like))
             # A bound method, and no closure, so that a copy of the model runs its own slimmings.
             hook = partial(self._slim, index)
@@ -160,6 +161,7 @@ class Slimming(nn.Module):
         masks = [tuple(x.shape) for x in (*args[1:], *kwargs.values()) if isinstance(x, Tensor)]
         if self._passing or not (masks or kwargs.get("is_causal")):
             return None
+        # What a transformers model asks, too, before it makes a mask.
         if not (self._host.makes_masks and torch.compiler.is_exporting()):
             _refuse_mask(masks or "causal")
         rest = (None if isinstance(x, Tensor) else x for x in args[1:])
